@@ -1,0 +1,58 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), in the half-split layout of Llama."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from montessori_jax.models.attention import wide
+from montessori_jax.models.config import ModelConfig
+
+
+def inverse_frequencies(config: ModelConfig) -> np.ndarray:
+    """Angular frequencies in radians a position, float32 ``[head_dim / 2]``.
+
+    ``theta ** (-2 i / head_dim)``, then the scaling of ``config.rope_scaling``. For ``llama3``
+    wavelengths above ``original / low_freq_factor`` are divided by ``factor``, those below
+    ``original / high_freq_factor`` are kept, and a linear ramp in ``original / wavelength`` joins
+    the two (the rule that Llama 3.1 published with its weights).
+    """
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequency = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponent)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return (frequency / scaling.factor).astype(np.float32)
+    original = scaling.original_max_position_embeddings
+    wavelength = 2 * np.pi / frequency
+    ramp = (original / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    kept = np.clip(ramp, 0.0, 1.0)
+    scaled = (1 - kept) * frequency / scaling.factor + kept * frequency
+    return scaled.astype(np.float32)
+
+
+def rotation(
+    config: ModelConfig, positions: Int[Array, "*batch"]
+) -> tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]:
+    """Cosine and sine of the rotation at each position, float32 whatever the compute dtype."""
+    angle = positions[..., None].astype(jnp.float32) * inverse_frequencies(config).reshape(
+        (1,) * positions.ndim + (-1,)
+    )
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    heads: Float[Array, "*batch heads dim"],
+    cos: Float[Array, "*batch half"],
+    sin: Float[Array, "*batch half"],
+) -> Float[Array, "*batch heads dim"]:
+    """Rotate each head's feature pairs ``(i, i + dim/2)`` by its position's angle.
+
+    Computed in float32 and cast back, as bf16 angles lose whole turns at long positions.
+    """
+    first, second = jnp.split(heads.astype(wide(heads.dtype)), 2, axis=-1)
+    cos, sin = (part[..., None, :].astype(first.dtype) for part in (cos, sin))
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(heads.dtype)

@@ -1,0 +1,81 @@
+"""Losses: arrays in, per-token or per-example values out, reduced once by the caller."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from montessori_jax.data.packing import Batch
+from montessori_jax.models import Model, Params
+from montessori_jax.models.attention import wide
+
+# Tokens whose logits exist at one time; 256 x 128K vocabulary x 4 bytes is 131 MB.
+CHUNK = 256
+
+
+def cross_entropy(
+    hidden: Float[Array, "tokens width"],
+    head: Float[Array, "width vocab"],
+    targets: Int[Array, " tokens"],
+    *,
+    chunk: int = CHUNK,
+) -> Float[Array, " tokens"]:
+    """Negative log-likelihood of each target in nats, float32, never ``[tokens, vocab]`` at once.
+
+    ``logsumexp(h W) - (h W)[target]`` in chunks of tokens, each recomputed in the backward pass.
+    Made of plain differentiable pieces, so that `jax.jvp` and `jax.grad` both pass through.
+    """
+    tokens, width = hidden.shape
+    chunk = min(chunk, tokens)
+    padding = -tokens % chunk
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, width)
+    padded = jnp.pad(targets, (0, padding)).reshape(-1, chunk)
+    head = head.astype(hidden.dtype)
+
+    @jax.checkpoint
+    def one(inputs: tuple[Array, Array]) -> Array:
+        states, labels = inputs
+        logits = jnp.dot(states, head, preferred_element_type=wide(states.dtype))
+        picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        return jax.nn.logsumexp(logits, axis=-1) - picked
+
+    return jax.lax.map(one, (hidden, padded)).reshape(-1)[:tokens]
+
+
+def token_losses(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    *,
+    dtype: jnp.dtype | type = jnp.float32,
+    remat: str = "none",
+) -> Float[Array, "rows slots"]:
+    """Negative log-likelihood in nats of each target of a batch; the head sees targets alone."""
+    hidden = model.hidden(
+        params, batch.tokens, batch.segment_ids, batch.positions, dtype=dtype, remat=remat
+    )
+    states = jnp.take_along_axis(hidden, batch.target_positions[..., None], axis=1)
+    flat = cross_entropy(
+        states.reshape(-1, states.shape[-1]), model.head(params), batch.targets.reshape(-1)
+    )
+    return flat.reshape(batch.targets.shape)
+
+
+class SampleSums(NamedTuple):
+    """Loss sums in nats and target counts, by sample."""
+
+    total: Float[Array, " samples"]
+    count: Float[Array, " samples"]
+
+
+def sum_by_sample(losses: Float[Array, "rows slots"], batch: Batch, samples: int) -> SampleSums:
+    """Add up token losses by sample; ``samples`` is static. Means are ``total / count``."""
+
+    def add(values: Array) -> Array:
+        return jax.ops.segment_sum(
+            values.reshape(-1), batch.target_samples.reshape(-1), num_segments=samples
+        )
+
+    weights = batch.target_weights.astype(losses.dtype)
+    return SampleSums(add(losses * weights), add(weights))
