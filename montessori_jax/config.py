@@ -84,6 +84,9 @@ class GenerationConfig(SamplingConfig):
 class ResponseConfig(SamplingConfig):
     """How responses to kept instructions are drawn."""
 
+    unfinished: Literal["trim", "keep", "drop"] = setting(
+        "trim", "a response cut off at max_tokens: end it at its last sentence, keep or drop it"
+    )
     temperature: float = setting(0.6, "0 is greedy", ge=0)
     top_p: float = setting(0.9, "nucleus: smallest set of tokens with this probability", gt=0, le=1)
     presence_penalty: float = setting(1.0, "subtracted once from each token generated", ge=-2, le=2)
@@ -297,6 +300,11 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"override '{assignment}': the value is not valid YAML") from None
     return result
+
+
+def as_dict(settings: Any) -> dict[str, Any]:
+    """A config dataclass as plain JSON-able values."""
+    return TypeAdapter(type(settings)).dump_python(settings, mode="json")
 
 
 def load_run_config(path: str | Path, assignments: list[str] | None = None) -> RunConfig:

@@ -7,3 +7,7 @@ class UserError(Exception):
     The command line prints it as ``montessori: error: ...`` and exits with status 2; library
     callers catch it like any other exception.
     """
+
+
+class Interrupted(Exception):
+    """A stop was asked for and what was computed is saved: the same command goes on from there."""

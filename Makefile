@@ -1,0 +1,55 @@
+# make quickstart   install into .venv and run one whole iteration on the CPU
+# make test         the test suite, small forms of the end-to-end tests included
+# make test-all     the slow end-to-end tests too
+# make lint         ruff, mypy
+# make format       let ruff rewrite
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help quickstart install dev test test-all lint format clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "montessori_jax needs Python 3.11 or later: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+# torch is for tests alone: the exact pin comes first, so that no range brings another build.
+$(VENV)/installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@ $(VENV)/installed
+
+install: $(VENV)/installed
+
+dev: $(VENV)/installed-dev
+
+quickstart: install
+	$(BIN)/montessori run configs/quickstart.yaml
+
+test: dev
+	$(BIN)/python -m pytest
+
+test-all: dev
+	$(BIN)/python -m pytest -m ''
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

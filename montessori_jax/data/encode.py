@@ -1,0 +1,58 @@
+"""Rows -> encoded chats, with a reason for each row that cannot be one."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from montessori_jax.data.chat import ChatFormat, EncodedChat, fit
+from montessori_jax.data.rows import Row, RowFile
+from montessori_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """``rows[i]`` encoded as ``chats[i]``; ``skipped`` maps a row's position to its reason."""
+
+    rows: list[Row]
+    chats: list[EncodedChat]
+    skipped: dict[int, str]
+    cut: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(chat.tokens) for chat in self.chats)
+
+    def causes(self) -> dict[str, int]:
+        return dict(Counter(self.skipped.values()))
+
+
+def encode_rows(
+    source: RowFile, chat: ChatFormat, max_length: int, *, limit: int | None = None
+) -> EncodedRows:
+    """Encode a file's rows, the first ``limit`` that can be.
+
+    A response is cut at ``max_length`` tokens (counted in ``cut``); a row whose prompt alone is
+    that long, or that was malformed already, is skipped with its reason.
+
+    Raises:
+        UserError: no row is left.
+    """
+    skipped = {bad.index: bad.reason for bad in source.bad}
+    rows: list[Row] = []
+    chats: list[EncodedChat] = []
+    cut = 0
+    for row in source.rows:
+        if limit is not None and len(chats) == limit:
+            break
+        encoded = chat.encode(row.conversation())
+        fitted = fit(encoded, max_length)
+        if fitted is None:
+            skipped[row.index] = f"prompt longer than {max_length} tokens"
+            continue
+        cut += len(fitted.tokens) < len(encoded.tokens)
+        rows.append(row)
+        chats.append(fitted)
+    if not chats:
+        causes = ", ".join(f"{reason} ({n})" for reason, n in Counter(skipped.values()).items())
+        raise UserError(f"{source.source}: no usable row: {causes or 'it is empty'}")
+    return EncodedRows(rows, chats, skipped, cut)
+

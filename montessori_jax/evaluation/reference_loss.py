@@ -1,0 +1,87 @@
+"""Held-out reference loss: how well a student predicts responses it was not trained on."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from montessori_jax.config import EvaluationConfig
+from montessori_jax.data.chat import EncodedChat
+from montessori_jax.data.packing import Batch, assign_rows, bucket, pack
+from montessori_jax.models import Model, Params
+from montessori_jax.training.losses import sum_by_sample, token_losses
+
+
+@dataclass(frozen=True)
+class ReferenceLoss:
+    """Losses in nats a response token, the end-of-turn token included.
+
+    ``loss`` is the mean over samples of their mean token loss, ``standard_error`` that mean's;
+    ``token_loss`` the mean over all tokens; ``by_sample`` one mean a row, in the file's order.
+    """
+
+    loss: float
+    standard_error: float
+    token_loss: float
+    samples: int
+    tokens: int
+    by_sample: tuple[float, ...]
+
+    def as_row(self) -> dict[str, Any]:
+        row = asdict(self)
+        row["by_sample"] = list(self.by_sample)
+        return row
+
+
+@partial(jax.jit, static_argnames=("model", "samples", "dtype"))
+def _sums(model: Model, params: Params, batch: Batch, samples: int, dtype: str) -> Any:
+    losses = token_losses(model, params, batch, dtype=dtype)
+    return sum_by_sample(losses, batch, samples)
+
+
+def reference_loss(
+    model: Model,
+    params: Params,
+    chats: Sequence[EncodedChat],
+    settings: EvaluationConfig,
+    *,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> ReferenceLoss:
+    """Measure it: packed rows, sums in float64 on the host, divided once.
+
+    Args:
+        model: the decoder.
+        params: its parameters.
+        chats: encoded held-out rows, each with at least one response token.
+        settings: compute dtype and how many rows are on the device at one time.
+        progress: told how many samples each pass finished.
+    """
+    lengths = [len(chat.tokens) for chat in chats]
+    row_length = bucket(max(lengths))
+    layout = assign_rows(lengths, row_length)
+    step = min(settings.rows_per_pass, len(layout))
+    slots = bucket(
+        max(sum(len(chats[i].tokens) - chats[i].prompt_length for i in row) for row in layout)
+    )
+    total, count = np.zeros(len(chats)), np.zeros(len(chats))
+    for start in range(0, len(layout), step):
+        part = layout[start : start + step]
+        batch = pack(chats, part, row_length=row_length, slots=slots, rows=step)
+        sums = jax.device_get(_sums(model, params, batch, len(chats), settings.dtype))
+        total += np.asarray(sums.total, np.float64)
+        count += np.asarray(sums.count, np.float64)
+        progress(sum(len(row) for row in part))
+    means = total / count
+    spread = float(np.std(means, ddof=1)) if len(means) > 1 else math.nan
+    return ReferenceLoss(
+        loss=float(np.mean(means)),
+        standard_error=spread / math.sqrt(len(means)),
+        token_loss=float(total.sum() / count.sum()),
+        samples=len(chats),
+        tokens=int(count.sum()),
+        by_sample=tuple(float(value) for value in means),
+    )

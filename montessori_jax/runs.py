@@ -1,0 +1,205 @@
+"""A run directory: stage folders, markers written last, and a refusal to mix old with new.
+
+Layout: ``config.yaml`` (resolved), ``inputs.json`` (what was read, by content), ``costs.jsonl``
+(seconds and tokens of every attempt) and a folder a stage, done when it holds ``done.json``.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from montessori_jax.config import RunConfig, as_dict, read_yaml
+from montessori_jax.data.writing import open_atomically
+from montessori_jax.errors import UserError
+
+MARKER = "done.json"
+# May differ between the runs that share a directory: where it is, how far to go, how often to
+# save. Everything else decides what the artifacts hold.
+FREE_KEYS = ("run_dir", "iterations")
+FREE_LEAVES = ("checkpoint_every", "log_every")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small text file so that a reader sees all of it or none, whatever dies when."""
+    with open_atomically(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic, indented, in the order given."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def content_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, the first 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def value_hash(value: Any) -> str:
+    """Hash of a JSON-able value, independent of the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """``key: old -> new`` for every leaf that differs, free ones left out."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and key not in FREE_KEYS
+        and key.rsplit(".", 1)[-1] not in FREE_LEAVES
+    ]
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """One stage's folder; it is done once its marker is there."""
+
+    path: Path
+
+    def result(self) -> dict[str, Any] | None:
+        """What the stage reported when it ended, or None while it has not."""
+        marker = self.path / MARKER
+        if not marker.exists():
+            return None
+        return json.loads(marker.read_text(encoding="utf-8"))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the marker: after this the stage is never run again."""
+        write_json(self.path / MARKER, result)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where one run lives. Open it with `RunDirectory.open`."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, config: RunConfig, inputs: dict[str, str]) -> "RunDirectory":
+        """A new directory, or the same run's again.
+
+        Args:
+            config: the resolved settings, compared with those of an earlier run here.
+            inputs: name -> content hash of every file and model that is read.
+
+        Raises:
+            UserError: settings or inputs differ from the earlier run's; the message lists them.
+        """
+        path = Path(config.run_dir)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be created: {error.strerror}") from None
+        resolved = as_dict(config)
+        config_file, inputs_file = path / "config.yaml", path / "inputs.json"
+        if config_file.exists():
+            changed = differences(read_yaml(config_file), resolved)
+            if inputs_file.exists():
+                changed += differences(json.loads(inputs_file.read_text()), inputs)
+            if changed:
+                raise UserError(
+                    f"{path} holds a run with other settings ({'; '.join(changed)}): "
+                    "set them back, or give another run_dir"
+                )
+        write_json(inputs_file, inputs)
+        write_atomic(config_file, yaml.safe_dump(resolved, sort_keys=False))
+        return cls(path)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory: two processes at once would tear each other's files."""
+        with open(self.path / ".lock", "w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"{self.path} is in use by another montessori process: wait for it, or give "
+                    "another run_dir"
+                ) from None
+            yield
+
+    def stage(self, name: str) -> StageFolder:
+        folder = self.path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return StageFolder(folder)
+
+
+class Journal:
+    """Append-only JSON lines that survive a kill: what is finished is never done again.
+
+    The first line holds ``key``, which describes what the lines belong to. Opening an existing
+    journal drops a torn last line and refuses one whose key differs.
+    """
+
+    def __init__(self, path: Path, key: dict[str, Any]):
+        self.path = path
+        self.records: list[dict[str, Any]] = []
+        header = {"journal": value_hash(key), "key": key}
+        if path.exists():
+            lines = path.read_bytes().split(b"\n")
+            whole = [line for line in lines[:-1] if line]
+            found = [json.loads(line) for line in whole]
+            if found:
+                if found[0].get("journal") != header["journal"]:
+                    changed = differences(found[0].get("key", {}), key)
+                    raise UserError(
+                        f"{path} holds work done with other settings ({'; '.join(changed)}): "
+                        "set them back, or remove that file to start again"
+                    )
+                self.records = found[1:]
+            if lines[-1] or not found:
+                text = "".join(line.decode() + "\n" for line in whole)
+                write_atomic(path, text or _line(header))
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, _line(header))
+
+    def append(self, *records: dict[str, Any]) -> None:
+        """Write records and wait until they are on disk."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(_line(record) for record in records))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written: {error.strerror}; what is in it is kept, and "
+                "the same command goes on from there"
+            ) from None
+        self.records.extend(records)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder of intermediate files, if it is there."""
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,281 @@
+"""Stage: a teacher writes instructions, filters keep the good ones, the teacher answers them.
+
+Writes ``data.parquet`` with its card, ``prompts.jsonl`` (what the teacher was asked) and
+``dropped.jsonl`` (what was not kept, and why). Resumes batch by batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from montessori_jax.config import GenerationConfig, ResponseConfig, SamplingConfig, as_dict
+from montessori_jax.data.chat import ChatFormat
+from montessori_jax.data.rows import read_rows
+from montessori_jax.data.writing import DatasetCard, write_dataset_card, write_jsonl
+from montessori_jax.errors import UserError
+from montessori_jax.generation.filters import Filters
+from montessori_jax.generation.generator import Generator, PromptRequest
+from montessori_jax.generation.prompts import (
+    Prompt,
+    build_instruction_prompt,
+    build_response_prompt,
+    choose_exemplars,
+    task_text,
+)
+from montessori_jax.generation.responses import finished_part
+from montessori_jax.generation.sampler import JaxSampler
+from montessori_jax.models.sources import LoadedModel
+from montessori_jax.runs import Journal, value_hash
+from montessori_jax.seeding import derive_seed
+from montessori_jax.work import Work
+
+COLUMNS = {
+    "id": "candidate: prompt and sample",
+    "prompt_id": "generation prompt; its candidates compete with each other",
+    "instruction": "what the teacher asks the student to do",
+    "response": "the teacher's answer",
+    "response_finish": "how the answer ended: end, stop or length",
+    "raw": "the teacher's text that the instruction was read from, word for word",
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One generation prompt and its number."""
+
+    index: int
+    prompt: Prompt
+
+    @property
+    def id(self) -> str:
+        return f"p{self.index:05d}"
+
+    def as_row(self) -> dict[str, Any]:
+        prompt = self.prompt
+        asked = prompt.messages if prompt.messages is not None else prompt.text
+        return {"prompt_id": self.id, "prompt": asked, "prefill": prompt.prefill}
+
+
+def encode_prompt(chat: ChatFormat, prompt: Prompt) -> tuple[int, ...]:
+    """Token ids of a request, the prefill included."""
+    if prompt.messages is None:
+        assert prompt.text is not None
+        return tuple(chat.encode_text(prompt.text + prompt.prefill))
+    return tuple(chat.encode_prompt(prompt.messages, prefill=prompt.prefill))
+
+
+def sample(
+    generator: Generator,
+    requests: Sequence[PromptRequest],
+    settings: SamplingConfig,
+    journal: Journal,
+    work: Work,
+    *,
+    samples: int,
+    stop: tuple[str, ...],
+    seed: int,
+    label: str,
+    total: int,
+) -> dict[str, list[dict[str, Any]]]:
+    """Completions by prompt id, journalled batch by batch; finished prompts are not asked again."""
+    done = {record["prompt_id"] for record in journal.records}
+    with work.bar(total, "text", label, done=len(journal.records)) as bar:
+        batches = generator.generate(
+            requests, settings, samples=samples, stop=stop, seed=seed, finished=done
+        )
+        lengths = {request.id: len(request.tokens) for request in requests}
+        for batch in batches:
+            journal.append(
+                *(
+                    {
+                        "prompt_id": one.prompt_id,
+                        "index": one.index,
+                        "text": one.text,
+                        "finish": one.finish,
+                        "tokens": len(one.tokens),
+                    }
+                    for one in batch
+                )
+            )
+            work.meter.count(
+                prompt_tokens=sum(lengths[name] for name in {one.prompt_id for one in batch}),
+                generated_tokens=sum(len(one.tokens) for one in batch),
+            )
+            bar.update(len(batch))
+            work.stop.check()
+    asked = {request.id for request in requests}
+    texts: dict[str, list[dict[str, Any]]] = {request.id: [] for request in requests}
+    for record in journal.records:
+        if record["prompt_id"] in asked:
+            texts[record["prompt_id"]].append(record)
+    for records in texts.values():
+        records.sort(key=lambda record: record["index"])
+    return texts
+
+
+def generate(
+    teacher: LoadedModel,
+    seeds: str,
+    settings: GenerationConfig,
+    responses: ResponseConfig,
+    work: Work,
+    *,
+    prompts: int,
+) -> dict[str, Any]:
+    """Ask ``prompts`` times for ``settings.samples`` instructions, filter, then ask for responses.
+
+    Exemplars of a round of prompts come from the seeds and from what earlier rounds kept, so they
+    are fixed by the prompt's number. A row's text is fixed by the seed, its prompt and its sample.
+
+    Returns:
+        Counts: ``candidates``, ``kept``, ``yield``, ``dropped`` by cause, ``rows`` with responses.
+
+    Raises:
+        UserError: too few seeds, or the share kept falls below ``settings.min_yield``.
+    """
+    pool = [
+        task_text(r.instruction, r.input) for r in read_rows(seeds, need_response=False).require()
+    ]
+    chat = ChatFormat(teacher.tokenizer, teacher.generation)
+    generator = JaxSampler(teacher.model, teacher.params, chat)
+    key = {
+        "teacher": teacher.fingerprint,
+        "seeds": value_hash(pool),
+        "prompts": prompts,
+        "seed": work.seed,
+        "settings": as_dict(settings),
+    }
+    journal = Journal(work.file("instructions.jsonl"), key)
+    filters = Filters(
+        pool,
+        style=settings.style,
+        min_words=settings.min_words,
+        max_words=settings.max_words,
+        threshold=settings.rouge_threshold,
+    )
+    kept: list[dict[str, Any]] = []
+    asked: list[Asked] = []
+    for first in range(0, prompts, settings.round_prompts):
+        last = min(first + settings.round_prompts, prompts)
+        earlier = [row["instruction"] for row in kept]
+        questions = [
+            Asked(
+                index,
+                build_instruction_prompt(
+                    settings.style,
+                    choose_exemplars(
+                        pool,
+                        earlier,
+                        seed=derive_seed(work.seed, "exemplars"),
+                        prompt_index=index,
+                        num_seed=settings.seed_exemplars,
+                        num_generated=settings.generated_exemplars,
+                    ),
+                ),
+            )
+            for index in range(first, last)
+        ]
+        asked += questions
+        requests = [PromptRequest(q.id, encode_prompt(chat, q.prompt), q.index) for q in questions]
+        texts = sample(
+            generator,
+            requests,
+            settings,
+            journal,
+            work,
+            samples=settings.samples,
+            stop=questions[0].prompt.stop,
+            seed=derive_seed(work.seed, "instructions"),
+            label="instructions",
+            total=prompts * settings.samples,
+        )
+        for question in questions:
+            for record in texts[question.id]:
+                outcome = filters.consider(
+                    record["text"], prefill=question.prompt.prefill, finish=record["finish"]
+                )
+                if outcome.instruction is not None:
+                    kept.append(
+                        {
+                            "id": f"{question.id}-{record['index']}",
+                            "prompt_id": question.id,
+                            "instruction": outcome.instruction,
+                            "raw": record["text"],
+                        }
+                    )
+        filters.report.check_yield(settings)
+    if not kept:
+        raise UserError(filters.report.collapse_message(settings))
+    rows, unanswered = _respond(chat, generator, kept, responses, key, work)
+    write_jsonl(work.file("prompts.jsonl"), [question.as_row() for question in asked])
+    write_jsonl(work.file("dropped.jsonl"), [*filters.report.rows(), *unanswered])
+    result = {
+        "prompts": prompts,
+        "candidates": filters.report.total,
+        "kept": len(kept),
+        "yield": round(len(kept) / filters.report.total, 4),
+        "dropped": {**filters.report.counts, "no_response": len(unanswered)},
+        "rows": len(rows),
+    }
+    card = DatasetCard(
+        title="Synthetic instruction data",
+        description="Instructions and responses written by a teacher model from seed exemplars, "
+        "for a student model to learn from or to be probed with.",
+        columns=COLUMNS,
+        made=(
+            f"asked the teacher {prompts} times for {settings.samples} instructions "
+            f"(style {settings.style})",
+            "kept what parses and passes the filters, near-duplicates dropped at ROUGE-L "
+            f"{settings.rouge_threshold}",
+            "asked the teacher for a response to each",
+        ),
+        counts={"candidates": result["candidates"], "kept": len(kept)},
+        seed=work.seed,
+        models={"teacher": teacher.name},
+    )
+    write_dataset_card(work.folder, rows, card)
+    return result
+
+
+def _respond(
+    chat: ChatFormat,
+    generator: Generator,
+    kept: list[dict[str, Any]],
+    settings: ResponseConfig,
+    key: dict[str, Any],
+    work: Work,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows with a response, and the rows whose response was empty, with the cause."""
+    journal = Journal(work.file("responses.jsonl"), {**key, "responses": as_dict(settings)})
+    requests = [
+        PromptRequest(
+            row["id"],
+            encode_prompt(chat, build_response_prompt(row["instruction"])),
+            derive_seed(0, row["id"]),
+        )
+        for row in kept
+    ]
+    texts = sample(
+        generator,
+        requests,
+        settings,
+        journal,
+        work,
+        samples=1,
+        stop=(),
+        seed=derive_seed(work.seed, "responses"),
+        label="responses",
+        total=len(kept),
+    )
+    rows, unanswered = [], []
+    for row in kept:
+        (record,) = texts[row["id"]]
+        text = finished_part(record["text"], record["finish"], settings.unfinished)
+        if not text:
+            unanswered.append({"cause": "no_response", "text": row["instruction"]})
+            continue
+        answered = {**row, "response": text, "response_finish": record["finish"]}
+        rows.append({name: answered[name] for name in COLUMNS})
+    if not rows:
+        raise UserError("the teacher answered none of its instructions: look at responses.jsonl")
+    return rows, unanswered
