@@ -16,7 +16,8 @@ class Batch(NamedTuple):
     at 0 in each sample. The hidden state at ``target_positions`` predicts ``targets``;
     ``target_samples`` says which sample of the batch (0, 1, ...) that token belongs to, and
     ``target_weights`` is 1 for a real target and 0 for a filler. A leading axis of micro-batches
-    may precede ``rows``.
+    may precede ``rows``. ``branches``, where given, is 0 on a prompt and 1, 2, ... on responses
+    that share it and do not see each other.
     """
 
     tokens: Int[Array, "rows length"]
@@ -26,6 +27,7 @@ class Batch(NamedTuple):
     targets: Int[Array, "rows slots"]
     target_samples: Int[Array, "rows slots"]
     target_weights: Float[Array, "rows slots"]
+    branches: Int[Array, "rows length"] | None = None
 
 
 def bucket(size: int, smallest: int = 16) -> int:

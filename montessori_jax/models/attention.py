@@ -22,10 +22,13 @@ def packed_attention(
     key: Float[Array, "rows length kv_heads dim"],
     value: Float[Array, "rows length kv_heads dim"],
     segment_ids: Int[Array, "rows length"],
+    branches: Int[Array, "rows length"] | None = None,
 ) -> Float[Array, "rows length heads dim"]:
     """Causal attention within segments: token ``t`` sees ``s <= t`` of its own segment alone.
 
     ``softmax(q k^T / sqrt(dim)) v`` with the softmax in float32; the result has ``value``'s dtype.
+    With ``branches`` a segment is a tree of depth two: branch 0 is a trunk that all of it sees,
+    and branches 1, 2, ... (the responses of one prompt) do not see each other.
     """
     rows, length, heads, dim = query.shape
     kv_heads = key.shape[2]
@@ -37,6 +40,9 @@ def packed_attention(
     allowed = (order[:, None] >= order[None, :])[None] & (
         segment_ids[:, :, None] == segment_ids[:, None, :]
     )
+    if branches is not None:
+        trunk = branches[:, None, :] == 0
+        allowed &= trunk | (branches[:, :, None] == branches[:, None, :])
     scores = jnp.where(allowed[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("bkgts,bskd->btkgd", weights, value)

@@ -126,10 +126,12 @@ class Block(nnx.Module):
         self.mlp_norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config, rngs)
 
-    def packed(self, x: Array, cos: Array, sin: Array, segment_ids: Array) -> tuple[Array, Array]:
+    def packed(
+        self, x: Array, cos: Array, sin: Array, segment_ids: Array, branches: Array | None
+    ) -> tuple[Array, KeyValue]:
         """Whole rows; returns ``x`` after the layer and its (key, value)."""
         query, key, value = self.attention.project(self.attention_norm(x), cos, sin)
-        x = x + self.attention.merge(packed_attention(query, key, value, segment_ids))
+        x = x + self.attention.merge(packed_attention(query, key, value, segment_ids, branches))
         return x + self.mlp(self.mlp_norm(x)), KeyValue(key, value)
 
     def decode(
@@ -222,6 +224,7 @@ class Model:
         segment_ids: Int[Array, "rows length"],
         positions: Int[Array, "rows length"],
         *,
+        branches: Int[Array, "rows length"] | None = None,
         dtype: jnp.dtype | type = jnp.float32,
         remat: str = "none",
     ) -> Float[Array, "rows length width"]:
@@ -232,11 +235,14 @@ class Model:
             tokens: token ids, int32.
             segment_ids: which sample each token belongs to; none is attended across samples.
             positions: position within the sample.
+            branches: where several responses share one prompt, see `packed_attention`.
             dtype: compute dtype of products and activations.
             remat: ``none``, ``full`` (recompute each layer in the backward pass) or ``dots``
                 (keep the products with weights, recompute the rest).
         """
-        x, _ = self._run_packed(params, tokens, segment_ids, positions, dtype, remat, False)
+        x, _ = self._run_packed(
+            params, tokens, segment_ids, positions, branches, dtype, remat, False
+        )
         return x
 
     def prefill(
@@ -250,7 +256,9 @@ class Model:
         """Hidden state of each right-padded prompt's last token, and all its keys and values."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = (positions < lengths[:, None]).astype(jnp.int32)
-        x, cache = self._run_packed(params, tokens, segments, positions, dtype, "none", True)
+        x, cache = self._run_packed(
+            params, tokens, segments, positions, None, dtype, "none", True
+        )
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return last, cache
 
@@ -292,6 +300,7 @@ class Model:
         tokens: Array,
         segment_ids: Array,
         positions: Array,
+        branches: Array | None,
         dtype: jnp.dtype | type,
         remat: str,
         keep_cache: bool,
@@ -302,7 +311,7 @@ class Model:
 
         def body(x: Array, state: nnx.State) -> tuple[Array, KeyValue | None]:
             block = nnx.merge(graph, _cast(state, dtype))
-            x, cache = block.packed(x, cos, sin, segment_ids)
+            x, cache = block.packed(x, cos, sin, segment_ids, branches)
             return x, cache if keep_cache else None
 
         if remat != "none":

@@ -53,7 +53,13 @@ def token_losses(
 ) -> Float[Array, "rows slots"]:
     """Negative log-likelihood in nats of each target of a batch; the head sees targets alone."""
     hidden = model.hidden(
-        params, batch.tokens, batch.segment_ids, batch.positions, dtype=dtype, remat=remat
+        params,
+        batch.tokens,
+        batch.segment_ids,
+        batch.positions,
+        branches=batch.branches,
+        dtype=dtype,
+        remat=remat,
     )
     states = jnp.take_along_axis(hidden, batch.target_positions[..., None], axis=1)
     flat = cross_entropy(
