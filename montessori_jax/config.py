@@ -54,6 +54,24 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class FilterConfig:
+    """Which instructions are kept; see `montessori_jax.generation.filters`."""
+
+    min_words: int = setting(3, "shortest instruction kept, in words", ge=0)
+    max_words: int = setting(150, "longest instruction kept, in words", ge=1)
+    keywords: tuple[str, ...] | None = setting(
+        None, "words that may not occur; by default what a text model cannot do (images, files)"
+    )
+    allow_punctuation_start: bool = setting(False, "keep instructions that start with punctuation")
+    allow_non_ascii_start: bool = setting(
+        False, "keep instructions that start outside ASCII: needed for most other languages"
+    )
+    rouge_threshold: float = setting(
+        0.7, "drop an instruction whose ROUGE-L F1 with a known one is above this", ge=0, le=1
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
 class GenerationConfig(SamplingConfig):
     """How the teacher is asked for new instructions, and which of them are kept."""
 
@@ -72,12 +90,8 @@ class GenerationConfig(SamplingConfig):
     round_prompts: int = setting(
         64, "prompts sent before generated instructions can become exemplars", ge=1
     )
-    min_words: int = setting(3, "shortest instruction kept, in words", ge=1)
-    max_words: int = setting(150, "longest instruction kept, in words", ge=1)
-    rouge_threshold: float = setting(
-        0.7, "drop an instruction whose ROUGE-L F1 with one kept is above this", gt=0, le=1
-    )
     min_yield: float = setting(0.1, "stop when a smaller share of candidates is kept", ge=0, le=1)
+    filters: FilterConfig = field(default_factory=FilterConfig)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -5,7 +5,7 @@ Writes ``data.parquet`` with its card, ``prompts.jsonl`` (what the teacher was a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from montessori_jax.config import GenerationConfig, ResponseConfig, SamplingConfig, as_dict
@@ -13,8 +13,10 @@ from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.rows import read_rows
 from montessori_jax.data.writing import DatasetCard, write_dataset_card, write_jsonl
 from montessori_jax.errors import UserError
-from montessori_jax.generation.filters import Filters
+from montessori_jax.generation.collapse import check_yield
+from montessori_jax.generation.filters import FilterReport, FilterSettings, InstructionFilter
 from montessori_jax.generation.generator import Generator, PromptRequest
+from montessori_jax.generation.parsing import parse_instruction
 from montessori_jax.generation.prompts import (
     Prompt,
     build_instruction_prompt,
@@ -24,7 +26,7 @@ from montessori_jax.generation.prompts import (
 )
 from montessori_jax.generation.responses import finished_part
 from montessori_jax.generation.sampler import JaxSampler
-from montessori_jax.models.sources import LoadedModel
+from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.runs import Journal, value_hash
 from montessori_jax.seeding import derive_seed
 from montessori_jax.work import Work
@@ -136,7 +138,7 @@ def generate(
     pool = [
         task_text(r.instruction, r.input) for r in read_rows(seeds, need_response=False).require()
     ]
-    chat = ChatFormat(teacher.tokenizer, teacher.generation)
+    chat = ChatFormat.of(teacher)
     generator = JaxSampler(teacher.model, teacher.params, chat)
     key = {
         "teacher": teacher.fingerprint,
@@ -146,13 +148,8 @@ def generate(
         "settings": as_dict(settings),
     }
     journal = Journal(work.file("instructions.jsonl"), key)
-    filters = Filters(
-        pool,
-        style=settings.style,
-        min_words=settings.min_words,
-        max_words=settings.max_words,
-        threshold=settings.rouge_threshold,
-    )
+    filters = InstructionFilter(FilterSettings.of(settings.filters), pool)
+    report, dropped = FilterReport(), []
     kept: list[dict[str, Any]] = []
     asked: list[Asked] = []
     for first in range(0, prompts, settings.round_prompts):
@@ -191,30 +188,45 @@ def generate(
         )
         for question in questions:
             for record in texts[question.id]:
-                outcome = filters.consider(
-                    record["text"], prefill=question.prompt.prefill, finish=record["finish"]
+                parsed = parse_instruction(
+                    record["text"],
+                    style=settings.style,
+                    prefill=question.prompt.prefill,
+                    finish=record["finish"],
                 )
-                if outcome.instruction is not None:
-                    kept.append(
-                        {
-                            "id": f"{question.id}-{record['index']}",
-                            "prompt_id": question.id,
-                            "instruction": outcome.instruction,
-                            "raw": record["text"],
-                        }
-                    )
-        filters.report.check_yield(settings)
+                verdict = filters.offer(parsed)
+                report.record(verdict)
+                name = f"{question.id}-{record['index']}"
+                if verdict.cause is not None:
+                    dropped.append({"id": name, **asdict(verdict)})
+                    continue
+                kept.append(
+                    {
+                        "id": name,
+                        "prompt_id": question.id,
+                        "instruction": verdict.text,
+                        "raw": record["text"],
+                    }
+                )
+        check_yield(
+            report,
+            floor=settings.min_yield,
+            min_attempts=min(32, prompts * settings.samples),
+            style=settings.style,
+            repetition_penalty=settings.repetition_penalty,
+            max_tokens=settings.max_tokens,
+        )
     if not kept:
-        raise UserError(filters.report.collapse_message(settings))
+        raise UserError(f"no instruction was kept of {report.attempts}: {report.to_dict()}")
     rows, unanswered = _respond(chat, generator, kept, responses, key, work)
     write_jsonl(work.file("prompts.jsonl"), [question.as_row() for question in asked])
-    write_jsonl(work.file("dropped.jsonl"), [*filters.report.rows(), *unanswered])
+    write_jsonl(work.file("dropped.jsonl"), [*dropped, *unanswered])
     result = {
         "prompts": prompts,
-        "candidates": filters.report.total,
+        "candidates": report.attempts,
         "kept": len(kept),
-        "yield": round(len(kept) / filters.report.total, 4),
-        "dropped": {**filters.report.counts, "no_response": len(unanswered)},
+        "yield": round(report.yielded, 4),
+        "dropped": {**dict(report.ordered()), "no_response": len(unanswered)},
         "rows": len(rows),
     }
     card = DatasetCard(
@@ -272,7 +284,9 @@ def _respond(
         (record,) = texts[row["id"]]
         text = finished_part(record["text"], record["finish"], settings.unfinished)
         if not text:
-            unanswered.append({"cause": "no_response", "text": row["instruction"]})
+            unanswered.append(
+                {"id": row["id"], "text": row["instruction"], "cause": "no_response", "detail": ""}
+            )
             continue
         answered = {**row, "response": text, "response_finish": record["finish"]}
         rows.append({name: answered[name] for name in COLUMNS})

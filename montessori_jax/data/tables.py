@@ -1,0 +1,52 @@
+"""Reading tables with whatever columns they have: the artifacts that pass between stages."""
+
+from pathlib import Path
+from typing import Any
+
+from montessori_jax.data.sources import in_one_line, parse_json_line
+from montessori_jax.errors import UserError
+
+Table = list[dict[str, Any]]
+
+
+def read_table(path: str | Path, columns: tuple[str, ...] = ()) -> Table:
+    """Rows of a Parquet or JSONL file, or of a folder's ``data.parquet``, every column.
+
+    Raises:
+        UserError: the file is missing or damaged, has no rows, or lacks one of ``columns``.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "data.parquet"
+    rows = _read_jsonl(file) if file.suffix == ".jsonl" else _read_parquet(file)
+    if not rows:
+        raise UserError(f"{file}: has no rows")
+    missing = [name for name in columns if name not in rows[0]]
+    if missing:
+        raise UserError(f"{file}: no column {', '.join(missing)}; it has {', '.join(rows[0])}")
+    return rows
+
+
+def _read_parquet(file: Path) -> Table:
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(file).to_pylist()
+    except Exception as error:  # pyarrow raises several families for a damaged file
+        raise UserError(f"{file}: cannot be read as Parquet: {in_one_line(error)}") from None
+
+
+def _read_jsonl(file: Path) -> Table:
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    rows: Table = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row = parse_json_line(line)
+        if isinstance(row, str):
+            raise UserError(f"{file}: line {number}: {row}")
+        rows.append(row)
+    return rows

@@ -1,0 +1,38 @@
+"""Stage: how good a student is. Writes ``evaluation.json``."""
+
+from typing import Any
+
+from montessori_jax.config import EvaluationConfig
+from montessori_jax.data.chat import ChatFormat
+from montessori_jax.data.encode import encode_rows
+from montessori_jax.data.rows import read_rows
+from montessori_jax.evaluation import EVALUATIONS
+from montessori_jax.models.loaded import LoadedModel
+from montessori_jax.runs import write_json
+from montessori_jax.work import Work
+
+
+def evaluate(
+    student: LoadedModel,
+    heldout: str,
+    settings: EvaluationConfig,
+    work: Work,
+    *,
+    num_heldout: int,
+) -> dict[str, Any]:
+    """Run every evaluation of ``settings.evaluations`` on the first ``num_heldout`` usable rows."""
+    chat = ChatFormat.of(student)
+    encoded = encode_rows(read_rows(heldout), chat, settings.max_length, limit=num_heldout)
+    result: dict[str, Any] = {"student": student.name, "skipped": encoded.causes()}
+    for name in settings.evaluations:
+        with work.bar(len(encoded.chats), "row", name) as bar:
+            outcome = EVALUATIONS[name](
+                student.model, student.params, encoded.chats, settings, progress=bar.update
+            )
+        result[name] = outcome.as_row()
+        work.meter.count(
+            scored_tokens=encoded.tokens,
+            flops=2.0 * student.model.parameter_count() * encoded.tokens,
+        )
+    write_json(work.file("evaluation.json"), result)
+    return result

@@ -1,0 +1,113 @@
+"""Stage: scored candidates -> preference pairs, some held out, with what the teacher was asked.
+
+Writes ``pairs.parquet`` and, where pairs are held out, ``heldout.parquet``.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from montessori_jax.config import PreferencesConfig
+from montessori_jax.data.tables import read_table
+from montessori_jax.data.writing import write_parquet
+from montessori_jax.errors import UserError
+from montessori_jax.preferences import Pair, Scored, build_pairs, hold_out
+from montessori_jax.work import Work
+
+COLUMNS = {
+    "prompt_id": "generation prompt",
+    "prompt": "what the teacher was asked: JSON chat messages, or plain text",
+    "prefill": "how its answer was made to begin",
+    "chosen": "the teacher's answer with the larger influence, word for word after the prefill",
+    "rejected": "the one with the smaller influence",
+    "chosen_influence": "nats of reference loss; positive helps",
+    "rejected_influence": "likewise",
+}
+
+
+def preferences(
+    candidates: str,
+    scores: str,
+    settings: PreferencesConfig,
+    work: Work,
+    *,
+    prompts: str,
+) -> dict[str, Any]:
+    """Join candidates with their scores by id and build pairs within each prompt.
+
+    Args:
+        candidates: rows with ``id``, ``prompt_id`` and ``raw``.
+        scores: rows with ``id`` and ``influence``, and ``offset`` for the rule ``relative``.
+        settings: the rule, the cap and the held-out fraction.
+        work: where to write.
+        prompts: rows with ``prompt_id``, ``prompt`` and ``prefill`` (the generate stage's
+            ``prompts.jsonl``).
+
+    Raises:
+        UserError: no pair could be built; the message counts the causes and names a rule to try.
+    """
+    scored_rows = {str(row["id"]): row for row in read_table(scores, ("id", "influence"))}
+    scored = []
+    unscored = 0
+    for row in read_table(candidates, ("id", "prompt_id", "raw")):
+        score = scored_rows.get(str(row["id"]))
+        if score is None:
+            unscored += 1
+            continue
+        scored.append(
+            Scored(
+                id=str(row["id"]),
+                prompt_id=str(row["prompt_id"]),
+                text=row["raw"],
+                influence=score["influence"],
+                offset=score.get("offset"),
+            )
+        )
+    if not scored:
+        raise UserError(f"{scores}: none of its ids is in {candidates}: are they of one run?")
+    asked = {row["prompt_id"]: row for row in read_table(prompts, ("prompt_id", "prompt"))}
+    pairs, report = build_pairs(scored, settings)
+    if not pairs:
+        causes = ", ".join(f"{cause}: {n}" for cause, n in report.without.items())
+        other = "extremes" if settings.rule != "extremes" else "relative"
+        raise UserError(
+            f"rule '{settings.rule}' built no pair from {report.prompts} prompts ({causes}): try "
+            f"preferences.rule={other}, or more candidates a prompt (generation.samples)"
+        )
+    training, heldout = hold_out(pairs, settings.heldout_fraction, work.seed)
+    write_parquet(work.file("pairs.parquet"), [_row(pair, asked) for pair in training])
+    if heldout:
+        write_parquet(work.file("heldout.parquet"), [_row(pair, asked) for pair in heldout])
+    return {
+        "rule": report.rule,
+        "prompts": report.prompts,
+        "prompts_without": sum(report.without.values()),
+        "without": report.without,
+        "pairs": report.pairs,
+        "training": len(training),
+        "heldout": len(heldout),
+        "unscored": unscored,
+        "mean_gap": sum(pair.gap for pair in pairs) / len(pairs),
+    }
+
+
+def _row(pair: Pair, asked: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    question = asked.get(pair.prompt_id)
+    if question is None:
+        raise UserError(f"prompt {pair.prompt_id} is not in the prompts file")
+    prompt = question["prompt"]
+    return {
+        "prompt_id": pair.prompt_id,
+        "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False),
+        "prefill": question.get("prefill", ""),
+        "chosen": pair.chosen.text,
+        "rejected": pair.rejected.text,
+        "chosen_influence": pair.chosen.influence,
+        "rejected_influence": pair.rejected.influence,
+    }
+
+
+def prompts_beside(candidates: str) -> str:
+    """The ``prompts.jsonl`` that the generate stage left beside its candidates."""
+    path = Path(candidates)
+    return str((path if path.is_dir() else path.parent) / "prompts.jsonl")
