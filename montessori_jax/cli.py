@@ -250,7 +250,11 @@ def _add_sft(commands: Any) -> None:
     )
     parser.add_argument("--student", help=MODEL)
     parser.add_argument("--data", required=True, help=ROWS)
-    parser.add_argument("--out", required=True, help="folder for student/ and metrics.jsonl")
+    parser.add_argument(
+        "--out",
+        required=True,
+        help="folder for student/ (or, with --keep-optimizer, state/) and metrics.jsonl",
+    )
     parser.add_argument(
         "--keep-optimizer",
         action="store_true",
@@ -310,16 +314,16 @@ def _influence(parsed: argparse.Namespace, stop: Any) -> None:
     from montessori_jax.models.sources import load_model
     from montessori_jax.runs import remove_tree
     from montessori_jax.stages.finetune import warm_up
-    from montessori_jax.stages.influence import influence, write_scores
+    from montessori_jax.stages.influence import audit_line, check_suffix, influence
 
     base = build(RunConfig, _base(parsed), parsed.config or "command line")
     settings = settings_from(parsed, InfluenceConfig, _section(parsed, "influence"))
     student = parsed.student or base.student
-    write_scores(Path(parsed.out), [], check_only=True)
+    check_suffix(Path(parsed.out))
     scratch = _scratch(parsed.out)
     if parsed.warmup:
         warmup = settings_from(parsed, WarmupConfig, _section(parsed, "warmup"), prefix="warmup-")
-        if not (scratch / "warmup" / "student").exists():
+        if not (scratch / "warmup" / "state").exists():
             work = _work(parsed, stop, scratch / "warmup", "warm-up")
             warm_up(load_model(student), parsed.warmup, warmup, work)
         student = str(scratch / "warmup")
@@ -334,10 +338,9 @@ def _influence(parsed: argparse.Namespace, stop: Any) -> None:
         out=Path(parsed.out),
     )
     remove_tree(scratch)
-    audit = f"; audit on {result['audit']['count']}: {result['audit_line']}" if result["audit"] else ""
     print(
         f"{parsed.out}: {result['scored']} scored, {result['null']} not {result['reasons'] or ''}, "
-        f"{result['positive_share']:.0%} positive{audit}  ({_report_cost(work)})"
+        f"{result['positive_share']:.0%} positive{audit_line(result['audit'])}  ({_report_cost(work)})"
     )
 
 
@@ -358,7 +361,8 @@ def _add_preferences(commands: Any) -> None:
     )
     parser.add_argument("--scores", required=True, help="rows with id and influence")
     parser.add_argument(
-        "--prompts", help="rows with prompt_id and prompt (default: prompts.jsonl beside candidates)"
+        "--prompts",
+        help="rows with prompt_id and prompt (default: prompts.jsonl beside candidates)",
     )
     parser.add_argument("--out", required=True, help="folder for pairs.parquet, heldout.parquet")
     add_settings(parser, PreferencesConfig, "preferences")
@@ -422,7 +426,11 @@ def _dpo(parsed: argparse.Namespace, stop: Any) -> None:
         heldout=parsed.heldout,
     )
     after = result.get("heldout_after")
-    held = f"; held out: margin {after['margin']:+.4f}, accuracy {after['accuracy']:.0%}" if after else ""
+    held = (
+        f"; held out: margin {after['reward_margin']:+.4f}, accuracy {after['reward_accuracy']:.0%}"
+        if after
+        else ""
+    )
     print(
         f"{parsed.out}: {result['pairs']} pairs, {result['steps']} steps, loss "
         f"{result['first_loss']:.4f} -> {result['last_loss']:.4f}{held}  ({_report_cost(work)})"
@@ -478,9 +486,7 @@ def _evaluate(parsed: argparse.Namespace, stop: Any) -> None:
 
 
 def _add_report(commands: Any) -> None:
-    parser = _command(
-        commands, "report", "The table of a run, finished or not.", _report
-    )
+    parser = _command(commands, "report", "The table of a run, finished or not.", _report)
     parser.add_argument("run_dir", nargs="+", metavar="RUN", help="run directories")
 
 

@@ -101,3 +101,12 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
             elif isinstance(value, int | float) and key != "finished":
                 total[key] = total.get(key, 0) + value
     return list(stages.values())
+
+
+def describe_cost(row: dict[str, Any]) -> str:
+    """Seconds and tokens of a ledger row in a few words."""
+    parts = [f"{row['seconds']:.0f} s"]
+    for kind, number in row.items():
+        if kind.endswith("_tokens"):
+            parts.append(f"{number:,} {kind.removesuffix('_tokens')} tokens")
+    return ", ".join(parts)

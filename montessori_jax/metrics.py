@@ -29,3 +29,7 @@ class MetricsFile:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.last = step
+
+    def read(self) -> list[dict[str, Any]]:
+        """All records, in order of their steps."""
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]

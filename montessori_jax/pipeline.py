@@ -5,30 +5,25 @@ train, evaluate. Each line is a stage that writes one folder of the run director
 over when it is done already.
 """
 
-import signal
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from montessori_jax.config import RunConfig
 from montessori_jax.costs import Meter, describe_cost
 from montessori_jax.data.overlap import warn_about_overlaps
-from montessori_jax.data.tables import read_table
 from montessori_jax.data.rows import read_rows
-from montessori_jax.data.sources import source_hash
+from montessori_jax.data.tables import read_table
 from montessori_jax.models.sources import load_model, model_fingerprint
 from montessori_jax.report.summary import summarise
 from montessori_jax.report.table import render
-from montessori_jax.runs import RunDirectory, write_atomic, write_json
+from montessori_jax.runs import RunDirectory, value_hash, write_atomic, write_json
 from montessori_jax.seeding import derive_seed
 from montessori_jax.stages.dpo import dpo
 from montessori_jax.stages.evaluate import evaluate
 from montessori_jax.stages.finetune import finetune, warm_up
 from montessori_jax.stages.generate import generate
-from montessori_jax.stages.influence import influence
+from montessori_jax.stages.influence import audit_line, influence
 from montessori_jax.stages.preferences import preferences
 from montessori_jax.stages.similarity import compare_texts
 from montessori_jax.stages.split import split_candidates
@@ -137,7 +132,7 @@ def run_iteration(loop: Loop, number: int, teacher: str) -> str:
         ),
         lambda r: (
             f"{r['scored']} scored, {r['null']} not, {r['positive_share']:.0%} positive"
-            + (f", audit on {r['audit']['count']}: {r['audit_line']}" if r.get("audit") else "")
+            f"{audit_line(r['audit'])}"
         ),
     )
     loop.stage(
@@ -159,12 +154,7 @@ def run_iteration(loop: Loop, number: int, teacher: str) -> str:
         f"{here}/dpo",
         f"{seeded}: dpo",
         lambda work: dpo(load_model(teacher), loop.path(f"{here}/preferences"), config.dpo, work),
-        lambda r: (
-            f"loss {r['first_loss']:.3f} -> {r['last_loss']:.3f}; held out: margin "
-            f"{r['heldout_after']['margin']:+.3f}, accuracy {r['heldout_after']['accuracy']:.0%}"
-            if r.get("heldout_after")
-            else f"loss {r['first_loss']:.3f} -> {r['last_loss']:.3f}"
-        ),
+        dpo_line,
     )
     tuned = loop.path(f"{here}/dpo/teacher")
     teachers = {"tuned": tuned}
@@ -235,12 +225,26 @@ def train_students(loop: Loop, here: str, seeded: str, teachers: dict[str, str])
         )
 
 
+def dpo_line(result: Result) -> str:
+    """What came of DPO, in a line."""
+    line = f"loss {result['first_loss']:.3f} -> {result['last_loss']:.3f}"
+    held = result.get("heldout_after")
+    if held is None:
+        return line
+    margin, accuracy = held["reward_margin"], held["reward_accuracy"]
+    return f"{line}; held out: margin {margin:+.3f}, accuracy {accuracy:.0%}"
+
+
 def inputs_of(config: RunConfig) -> dict[str, str]:
     """Content hashes of everything that a run reads, so that changed inputs are noticed."""
     return {
-        "seeds": source_hash(config.data.seeds),
-        "reference": source_hash(config.data.reference),
-        "heldout": source_hash(config.data.heldout),
+        name: value_hash([asdict(row) for row in read_rows(source, need_response=False).rows])
+        for name, source in (
+            ("seeds", config.data.seeds),
+            ("reference", config.data.reference),
+            ("heldout", config.data.heldout),
+        )
+    } | {
         "teacher": model_fingerprint(config.teacher),
         "student": model_fingerprint(config.student),
     }

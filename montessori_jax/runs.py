@@ -132,6 +132,13 @@ class RunDirectory:
         write_atomic(config_file, yaml.safe_dump(resolved, sort_keys=False))
         return cls(path)
 
+    @classmethod
+    def existing(cls, path: str | Path) -> "RunDirectory":
+        """An earlier run's directory; `UserError` where there is none."""
+        if not (Path(path) / "config.yaml").is_file():
+            raise UserError(f"{path}: no run here (no config.yaml): give a run_dir")
+        return cls(Path(path))
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory: two processes at once would tear each other's files."""

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from montessori_jax.data.chat import ChatFormat, EncodedChat, fit
+from montessori_jax.data.chat import ChatError, ChatFormat, EncodedChat, fit
 from montessori_jax.data.rows import Row, RowFile
 from montessori_jax.errors import UserError
 
@@ -43,7 +43,11 @@ def encode_rows(
     for row in source.rows:
         if limit is not None and len(chats) == limit:
             break
-        encoded = chat.encode(row.conversation())
+        try:
+            encoded = chat.encode(row.conversation())
+        except ChatError as error:
+            skipped[row.index] = str(error)
+            continue
         fitted = fit(encoded, max_length)
         if fitted is None:
             skipped[row.index] = f"prompt longer than {max_length} tokens"
@@ -56,3 +60,17 @@ def encode_rows(
         raise UserError(f"{source.source}: no usable row: {causes or 'it is empty'}")
     return EncodedRows(rows, chats, skipped, cut)
 
+
+def encode_each(
+    source: RowFile, chat: ChatFormat
+) -> tuple[list[EncodedChat | None], dict[int, str]]:
+    """Every row of a file encoded whole, in order; None with a reason where that cannot be."""
+    chats: list[EncodedChat | None] = []
+    reasons: dict[int, str] = {}
+    for place, row in enumerate(source.rows):
+        try:
+            chats.append(chat.encode(row.conversation()))
+        except ChatError as error:
+            chats.append(None)
+            reasons[place] = str(error)
+    return chats, reasons

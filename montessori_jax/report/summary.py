@@ -1,0 +1,34 @@
+"""A run directory -> one JSON-able summary, finished or not."""
+
+from typing import Any
+
+from montessori_jax.config import read_yaml
+from montessori_jax.costs import read_ledger
+from montessori_jax.runs import RunDirectory
+
+Summary = dict[str, Any]
+
+
+def summarise(directory: RunDirectory) -> Summary:
+    """What each stage of each iteration reported, and what it cost; None for stages not done."""
+    config = read_yaml(directory.path / "config.yaml")
+    iterations = []
+    for folder in sorted(directory.path.glob("iteration-*"), key=_number):
+        stages = {
+            place.name: directory.stage(f"{folder.name}/{place.name}").result()
+            for place in sorted(folder.iterdir())
+            if place.is_dir()
+        }
+        iterations.append({"iteration": _number(folder), "stages": stages})
+    return {
+        "run": directory.path.name,
+        "method": config["method"],
+        "teacher": config["teacher"],
+        "student": config["student"],
+        "iterations": iterations,
+        "costs": read_ledger(directory.path / "costs.jsonl"),
+    }
+
+
+def _number(folder: Any) -> int:
+    return int(folder.name.rsplit("-", 1)[-1])

@@ -1,0 +1,191 @@
+"""Stage: DPO of the teacher on preference pairs; writes ``teacher/`` and ``metrics.jsonl``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from montessori_jax.config import DpoConfig, as_dict
+from montessori_jax.data.chat import ChatFormat
+from montessori_jax.data.tables import Table, read_table
+from montessori_jax.errors import UserError
+from montessori_jax.metrics import MetricsFile
+from montessori_jax.models.folder import save_folder
+from montessori_jax.models.loaded import LoadedModel
+from montessori_jax.runs import remove_tree
+from montessori_jax.training.checkpoints import Checkpoints
+from montessori_jax.training.dpo import evaluate_dpo, train_dpo
+from montessori_jax.training.pairs import EncodedPair, fit_pair
+from montessori_jax.training.reference_log_probs import pair_log_probs, reference_log_probs
+from montessori_jax.work import Work
+
+
+def encode_pairs(
+    rows: Table, chat: ChatFormat, origin: str
+) -> tuple[list[EncodedPair], dict[str, int]]:
+    """Rows with ``prompt``, ``chosen`` and ``rejected`` as token ids, and skipped rows by cause.
+
+    ``prompt`` is a list of chat messages (or that as JSON), or plain text; ``prefill`` how the
+    answer was made to begin; ``chosen`` and ``rejected`` are texts, or lists of one assistant
+    message.
+    """
+    pairs: list[EncodedPair] = []
+    skipped: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        try:
+            prompt, prefill = _prompt(row["prompt"]), row.get("prefill") or ""
+            chosen, rejected = _answer(row["chosen"]), _answer(row["rejected"])
+        except (KeyError, TypeError, ValueError) as error:
+            cause = f"malformed ({' '.join(str(error).split())[:60]})"
+            skipped[cause] = skipped.get(cause, 0) + 1
+            continue
+        pairs.append(
+            EncodedPair(
+                f"{row.get('prompt_id', '')}#{number}",
+                chat.encode_answer(prompt, chosen, prefill=prefill),
+                chat.encode_answer(prompt, rejected, prefill=prefill),
+            )
+        )
+    if not pairs:
+        raise UserError(f"{origin}: no usable pair: {skipped}")
+    return pairs, skipped
+
+
+def _prompt(value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    if isinstance(value, str):
+        return value
+    if not value or not all(
+        isinstance(m, dict) and isinstance(m.get("content"), str) for m in value
+    ):
+        raise ValueError("prompt is neither text nor messages")
+    return value
+
+
+def _answer(value: Any) -> str:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        value = value[0].get("content")
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("an empty or missing answer")
+    return value
+
+
+def dpo(
+    teacher: LoadedModel,
+    pairs: str,
+    settings: DpoConfig,
+    work: Work,
+    *,
+    heldout: str | None = None,
+) -> dict[str, Any]:
+    """Tune ``teacher``; measure held-out pairs before and after, on the policy and its reference.
+
+    Args:
+        teacher: policy and reference alike.
+        pairs: a table of pairs, or the preferences stage's folder.
+        settings: loss, optimizer and numerics.
+        work: where to write.
+        heldout: pairs to measure on; by default the folder's ``heldout.parquet``, if any.
+    """
+    folder = Path(pairs)
+    if folder.is_dir():
+        heldout = heldout or (
+            str(folder / "heldout.parquet") if (folder / "heldout.parquet").exists() else None
+        )
+        pairs = str(folder / "pairs.parquet")
+    columns = ("prompt", "chosen", "rejected")
+    chat = ChatFormat.of(teacher)
+    training, skipped = encode_pairs(read_table(pairs, columns), chat, pairs)
+    held = encode_pairs(read_table(heldout, columns), chat, heldout)[0] if heldout else []
+    everything = [*training, *held]
+    model, parameters = teacher.model, teacher.model.parameter_count()
+    with work.bar(len(everything), "pair", "reference log-probs") as bar:
+        log_probs = reference_log_probs(
+            model,
+            teacher.params,
+            everything,
+            settings,
+            cache=work.file("reference_log_probs.npz"),
+            fingerprints=(teacher.fingerprint,),
+            say=work.say,
+            progress=lambda done, total: bar.update(done - bar.n),
+            stop_requested=work.stop.requested,
+        )
+    before, after = log_probs[: len(training)], log_probs[len(training) :]
+    metrics = MetricsFile(work.file("metrics.jsonl"))
+    bar = work.bar(0, "step", "dpo")
+
+    def progress(done: int, steps: int) -> None:
+        bar.total = steps
+        bar.update(done - bar.n)
+
+    def record(row: dict[str, Any]) -> None:
+        metrics.write(row)
+        work.meter.count(trained_tokens=row["tokens"], flops=6.0 * parameters * row["tokens"])
+
+    with bar:
+        state = train_dpo(
+            model,
+            teacher.params,
+            training,
+            settings,
+            reference=before,
+            seed=work.seed,
+            checkpoints=Checkpoints(work.folder / "checkpoints", say=work.say),
+            metrics=record,
+            progress=progress,
+            say=work.say,
+            stop_requested=work.stop.requested,
+        )
+    result: dict[str, Any] = {
+        "pairs": sum(fit_pair(pair, settings.max_length) is not None for pair in training),
+        "skipped": skipped,
+    }
+    if held:
+        result["heldout_before"] = evaluate_dpo(held, after, after, settings)
+        policy = pair_log_probs(model, state.params, held, settings)
+        result["heldout_after"] = evaluate_dpo(held, policy, after, settings)
+    rows = metrics.read()
+    result |= {
+        "steps": rows[-1]["steps"],
+        "first_loss": rows[0]["loss"],
+        "last_loss": rows[-1]["loss"],
+        "last_margin": rows[-1]["reward_margin"],
+        "kl": rows[-1]["kl"],
+    }
+    save_folder(
+        work.folder / "teacher",
+        model,
+        state.params,
+        teacher.tokenizer,
+        teacher.generation,
+        card=_card(teacher, settings, result),
+    )
+    remove_tree(work.folder / "checkpoints")
+    return result
+
+
+def _card(teacher: LoadedModel, settings: DpoConfig, result: dict[str, Any]) -> str:
+    lines = [
+        "# Teacher tuned by DPO on local data influence",
+        "",
+        f"From `{teacher.name}` by direct preference optimisation on {result['pairs']} pairs of "
+        "its own instructions, those that helped a student more chosen over those that helped it "
+        f"less, in {result['steps']} optimizer steps, with montessori_jax.",
+        "",
+        f"DPO loss: {result['first_loss']:.4f} at the first step, {result['last_loss']:.4f} at the "
+        f"last; KL to the untuned teacher {result['kl']:.4f} nats a response token.",
+        "",
+    ]
+    if "heldout_after" in result:
+        held = result["heldout_after"]
+        lines += [
+            f"On {held['pairs']} held-out pairs: reward margin {held['reward_margin']:+.4f}, "
+            f"accuracy {held['reward_accuracy']:.0%}.",
+            "",
+        ]
+    lines += ["Settings: " + ", ".join(f"{k} {v}" for k, v in as_dict(settings).items()) + ".", ""]
+    return "\n".join(lines)

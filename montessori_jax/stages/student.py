@@ -1,0 +1,80 @@
+"""A student to probe: a warmed-up checkpoint, or any model with a fresh optimizer state."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from montessori_jax.config import InfluenceConfig, OptimizerConfig
+from montessori_jax.errors import UserError
+from montessori_jax.models.loaded import LoadedModel
+from montessori_jax.models.sources import load_model
+from montessori_jax.training.checkpoints import load_student, read_about
+from montessori_jax.training.optimizer import make_optimizer
+from montessori_jax.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class ProbeStudent:
+    """What a probe step starts from.
+
+    ``settings`` decide the update rule, ``learning_rate`` the size of the step; ``warm`` is
+    whether the optimizer's state comes from a warm-up.
+    """
+
+    loaded: LoadedModel
+    state: TrainState
+    settings: OptimizerConfig
+    learning_rate: float
+    warm: bool
+
+
+def open_student(name: str, settings: InfluenceConfig) -> ProbeStudent:
+    """Open ``name``: a folder written by a warm-up, or the name of a model.
+
+    Raises:
+        UserError: no such student; the warm-up was on another model or another optimizer than
+            asked for; or a fresh student is given no learning rate.
+    """
+    folder = Path(name)
+    state_folder = folder / "state" if (folder / "state").is_dir() else folder
+    about = read_about(state_folder)
+    if about is None:
+        return _fresh(name, settings)
+    loaded = load_model(about["model"])
+    if loaded.fingerprint != about["fingerprint"]:
+        raise UserError(
+            f"{name}: was warmed up from {about['model']}, which has changed since: warm up again"
+        )
+    student = load_student(state_folder, loaded.model)
+    trained = student.settings
+    if settings.optimizer != trained.optimizer and settings.optimizer == "adamw":
+        raise UserError(
+            f"{name}: was warmed up with {trained.optimizer}, which left no AdamW moments: give "
+            f"--optimizer {trained.optimizer}, or warm up with adamw"
+        )
+    state = student.state
+    if settings.optimizer != trained.optimizer:
+        trained = replace(trained, optimizer=settings.optimizer)
+        state = state._replace(opt_state=make_optimizer(trained, 1).init(state.params))
+    return ProbeStudent(
+        loaded=replace(loaded, params=state.params),
+        state=state,
+        settings=trained,
+        learning_rate=settings.learning_rate or student.learning_rate,
+        warm=True,
+    )
+
+
+def _fresh(name: str, settings: InfluenceConfig) -> ProbeStudent:
+    loaded = load_model(name)
+    if settings.learning_rate is None:
+        raise UserError(
+            f"{name} was not warmed up, so its learning rate is not known: give --learning-rate "
+            "(the paper's is 5e-6), or --warmup FILE"
+        )
+    rule = OptimizerConfig(optimizer=settings.optimizer, learning_rate=settings.learning_rate)
+    state = TrainState(
+        loaded.params, make_optimizer(rule, 1).init(loaded.params), jnp.zeros((), jnp.int32)
+    )
+    return ProbeStudent(loaded, state, rule, settings.learning_rate, warm=False)
