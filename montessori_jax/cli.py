@@ -340,7 +340,8 @@ def _influence(parsed: argparse.Namespace, stop: Any) -> None:
     remove_tree(scratch)
     print(
         f"{parsed.out}: {result['scored']} scored, {result['null']} not {result['reasons'] or ''}, "
-        f"{result['positive_share']:.0%} positive{audit_line(result['audit'])}  ({_report_cost(work)})"
+        f"{result['positive_share']:.0%} positive{audit_line(result['audit'])}  "
+        f"({_report_cost(work)})"
     )
 
 

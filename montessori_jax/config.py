@@ -4,6 +4,7 @@ An unknown key, a wrong type or an impossible value is a one-line `UserError` th
 the file and what was expected. Field descriptions are what ``--help`` prints.
 """
 
+import copy
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -296,9 +297,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """Apply ``section.key=value`` assignments (values are YAML) to a copy of ``values``."""
-    result: dict[str, Any] = {
-        key: dict(value) if isinstance(value, dict) else value for key, value in values.items()
-    }
+    result = copy.deepcopy(values)
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name:

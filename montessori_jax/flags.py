@@ -40,7 +40,7 @@ def add_settings(
         about = described[item.name]
         default = about.get("default")
         several = isinstance(default, list)
-        shown = " ".join(map(str, default)) if several else default
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
         note = "" if shown is None else f" (default {shown})"
         choices = _choices(item.type)
         group.add_argument(

@@ -63,14 +63,15 @@ def encode_rows(
 
 def encode_each(
     source: RowFile, chat: ChatFormat
-) -> tuple[list[EncodedChat | None], dict[int, str]]:
-    """Every row of a file encoded whole, in order; None with a reason where that cannot be."""
-    chats: list[EncodedChat | None] = []
-    reasons: dict[int, str] = {}
-    for place, row in enumerate(source.rows):
+) -> tuple[list[Row], list[EncodedChat], dict[int, str]]:
+    """Every row that can be encoded, whole; and a reason for each that cannot, by its index."""
+    rows: list[Row] = []
+    chats: list[EncodedChat] = []
+    reasons = {bad.index: bad.reason for bad in source.bad}
+    for row in source.rows:
         try:
             chats.append(chat.encode(row.conversation()))
+            rows.append(row)
         except ChatError as error:
-            chats.append(None)
-            reasons[place] = str(error)
-    return chats, reasons
+            reasons[row.index] = str(error)
+    return rows, chats, reasons

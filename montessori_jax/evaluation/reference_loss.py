@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from montessori_jax.config import EvaluationConfig
@@ -39,7 +40,7 @@ class ReferenceLoss:
 
 @partial(jax.jit, static_argnames=("model", "samples", "dtype"))
 def _sums(model: Model, params: Params, batch: Batch, samples: int, dtype: str) -> Any:
-    losses = token_losses(model, params, batch, dtype=dtype)
+    losses = token_losses(model, params, batch, dtype=jnp.dtype(dtype))
     return sum_by_sample(losses, batch, samples)
 
 

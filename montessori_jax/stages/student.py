@@ -4,13 +4,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
+import optax
 
 from montessori_jax.config import InfluenceConfig, OptimizerConfig
 from montessori_jax.errors import UserError
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.models.sources import load_model
+from montessori_jax.runs import value_hash
 from montessori_jax.training.checkpoints import load_student, read_about
-from montessori_jax.training.optimizer import make_optimizer
+from montessori_jax.training.optimizer import make_optimizer, probe_optimizer
 from montessori_jax.training.state import TrainState
 
 
@@ -18,15 +20,16 @@ from montessori_jax.training.state import TrainState
 class ProbeStudent:
     """What a probe step starts from.
 
-    ``settings`` decide the update rule, ``learning_rate`` the size of the step; ``warm`` is
-    whether the optimizer's state comes from a warm-up.
+    ``tx`` is the probe's update at ``learning_rate``; ``warm`` is whether the optimizer's state
+    comes from a warm-up; ``fingerprint`` changes with parameters and state.
     """
 
     loaded: LoadedModel
     state: TrainState
-    settings: OptimizerConfig
+    tx: optax.GradientTransformation
     learning_rate: float
     warm: bool
+    fingerprint: str
 
 
 def open_student(name: str, settings: InfluenceConfig) -> ProbeStudent:
@@ -41,10 +44,11 @@ def open_student(name: str, settings: InfluenceConfig) -> ProbeStudent:
     about = read_about(state_folder)
     if about is None:
         return _fresh(name, settings)
-    loaded = load_model(about["model"])
-    if loaded.fingerprint != about["fingerprint"]:
+    base = about["about"]
+    loaded = load_model(base["model"])
+    if loaded.fingerprint != base["fingerprint"]:
         raise UserError(
-            f"{name}: was warmed up from {about['model']}, which has changed since: warm up again"
+            f"{name}: was warmed up from {base['model']}, which has changed since: warm up again"
         )
     student = load_student(state_folder, loaded.model)
     trained = student.settings
@@ -57,12 +61,14 @@ def open_student(name: str, settings: InfluenceConfig) -> ProbeStudent:
     if settings.optimizer != trained.optimizer:
         trained = replace(trained, optimizer=settings.optimizer)
         state = state._replace(opt_state=make_optimizer(trained, 1).init(state.params))
+    rate = settings.learning_rate or student.learning_rate
     return ProbeStudent(
         loaded=replace(loaded, params=state.params),
         state=state,
-        settings=trained,
-        learning_rate=settings.learning_rate or student.learning_rate,
+        tx=probe_optimizer(trained, rate),
+        learning_rate=rate,
         warm=True,
+        fingerprint=value_hash(about),
     )
 
 
@@ -77,4 +83,11 @@ def _fresh(name: str, settings: InfluenceConfig) -> ProbeStudent:
     state = TrainState(
         loaded.params, make_optimizer(rule, 1).init(loaded.params), jnp.zeros((), jnp.int32)
     )
-    return ProbeStudent(loaded, state, rule, settings.learning_rate, warm=False)
+    return ProbeStudent(
+        loaded=loaded,
+        state=state,
+        tx=probe_optimizer(rule, settings.learning_rate),
+        learning_rate=settings.learning_rate,
+        warm=False,
+        fingerprint=loaded.fingerprint,
+    )
