@@ -21,22 +21,32 @@ def cross_entropy(
     *,
     chunk: int = CHUNK,
 ) -> Float[Array, " tokens"]:
-    """Negative log-likelihood of each target in nats, float32, never ``[tokens, vocab]`` at once.
+    """Negative log-likelihood of each target in nats, never ``[tokens, vocab]`` at once.
 
     ``logsumexp(h W) - (h W)[target]`` in chunks of tokens, each recomputed in the backward pass.
     Made of plain differentiable pieces, so that `jax.jvp` and `jax.grad` both pass through.
+
+    Args:
+        hidden: in the compute dtype; the products are taken in it and summed in float32.
+        head: output projection; its gradient has its own dtype, float32 for master weights.
+        targets: token ids below ``vocab``.
+        chunk: tokens whose logits exist at one time.
+
+    Returns:
+        float32; float64 where ``hidden`` is.
     """
     tokens, width = hidden.shape
     chunk = min(chunk, tokens)
     padding = -tokens % chunk
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, width)
     padded = jnp.pad(targets, (0, padding)).reshape(-1, chunk)
-    head = head.astype(hidden.dtype)
 
     @jax.checkpoint
     def one(inputs: tuple[Array, Array]) -> Array:
         states, labels = inputs
-        logits = jnp.dot(states, head, preferred_element_type=wide(states.dtype))
+        # Cast in here, so that the head's gradient is summed over chunks in the head's own dtype.
+        kernel = head.astype(states.dtype)
+        logits = jnp.dot(states, kernel, preferred_element_type=wide(states.dtype))
         picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
         return jax.nn.logsumexp(logits, axis=-1) - picked
 
@@ -72,7 +82,7 @@ class SampleSums(NamedTuple):
     """Loss sums in nats and target counts, by sample."""
 
     total: Float[Array, " samples"]
-    count: Float[Array, " samples"]
+    count: Float[Array, " samples"]  # type: ignore[assignment]  # hides tuple.count, unused
 
 
 def sum_by_sample(losses: Float[Array, "rows slots"], batch: Batch, samples: int) -> SampleSums:

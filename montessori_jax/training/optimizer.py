@@ -1,0 +1,63 @@
+"""The optimizer as an optax transformation: ``(grads, opt_state, params) -> (updates, state)``."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from montessori_jax.config import OptimizerConfig
+from montessori_jax.training.schedules import wsd
+
+
+def make_optimizer(settings: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip, AdamW (arXiv 1711.05101) or SGD, and the rate of `wsd` over ``steps`` updates.
+
+    AdamW: ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``,
+    ``-lr (m_hat / (sqrt(v_hat) + eps) + weight_decay theta)``; SGD: ``-lr g``. Moments have the
+    parameters' dtype: float32 masters get float32 moments. Clipping scales the gradient to the
+    global norm ``max_grad_norm``; 0 leaves it.
+    """
+    return _chain(settings, wsd(settings, steps), clip=True)
+
+
+def probe_optimizer(
+    settings: OptimizerConfig, learning_rate: float, *, clip: bool = True
+) -> optax.GradientTransformation:
+    """The same rule at one constant rate, on a state of `make_optimizer`'s structure.
+
+    A warm-up's ``opt_state`` (moments and counts) goes straight into its ``update``, so an
+    influence probe continues the warm-up. ``clip=True`` is the actual optimizer, which is what
+    the definition of influence applies; ``clip=False`` leaves the gradient whole, so that the
+    update is a smooth function of it.
+    """
+    return _chain(settings, lambda count: jnp.asarray(learning_rate), clip=clip)
+
+
+def _chain(
+    settings: OptimizerConfig, schedule: optax.Schedule, *, clip: bool
+) -> optax.GradientTransformation:
+    # Parts that are off are identities, whose state is empty like that of what they stand for:
+    # the state's structure depends on the optimizer's name alone.
+    clipping = optax.clip_by_global_norm(settings.max_grad_norm)
+    off = optax.identity()
+    parts = [clipping if clip and settings.max_grad_norm > 0 else off]
+    if settings.optimizer == "adamw":
+        parts.append(optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon))
+        decay = optax.add_decayed_weights(settings.weight_decay)
+        parts.append(decay if settings.weight_decay > 0 else off)
+    parts.append(optax.scale_by_learning_rate(schedule))
+    return _standard_promotion(optax.chain(*parts))
+
+
+def _standard_promotion(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``tx``, also where the caller asked JAX for strict promotion.
+
+    Adam's bias correction raises a Python float to an integer count, which strict mode refuses.
+    """
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):
+            return tx.update(grads, state, params)
+
+    return optax.GradientTransformation(tx.init, update)

@@ -1,0 +1,153 @@
+"""The reference model's log-probs of preference pairs: computed once, kept on disk.
+
+The reference is the policy before its first step, so they come from the same parameters and no
+second model is ever in memory.
+"""
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from montessori_jax.config import DpoConfig
+from montessori_jax.data.packing import count_targets
+from montessori_jax.data.writing import open_atomically
+from montessori_jax.errors import Interrupted
+from montessori_jax.models import Model, Params
+from montessori_jax.runs import value_hash
+from montessori_jax.training.batches import plan_steps
+from montessori_jax.training.loop import nothing
+from montessori_jax.training.losses import token_losses
+from montessori_jax.training.pairs import EncodedPair, PairBatch, fit_pair, pack_pairs
+
+
+def pair_log_probs(
+    model: Model,
+    params: Params,
+    pairs: Sequence[EncodedPair],
+    settings: DpoConfig,
+    *,
+    progress: Callable[[int, int], None] = nothing,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> list[np.ndarray]:
+    """For each pair the log-prob in nats of every response token, chosen's then rejected's.
+
+    Float32 arrays as long as the two responses together, each cut at ``settings.max_length``; an
+    empty one for a pair that `train_dpo` leaves out because its prompt alone is that long.
+
+    Raises:
+        Interrupted: a stop was asked for between two passes.
+    """
+    fitting = [fit_pair(pair, settings.max_length) for pair in pairs]
+    kept = {index: pair for index, pair in enumerate(fitting) if pair is not None}
+    found = [np.zeros(0, np.float32) for _ in pairs]
+    # Sorted, so that rows of one pass pad little; in passes of micro_batch pairs.
+    order = sorted(kept, key=lambda index: (kept[index].length, index))
+    size = settings.micro_batch
+    passes = [order[at : at + size] for at in range(0, len(order), size)]
+    lengths = [0 if pair is None else pair.length for pair in fitting]
+    targets = [0 if pair is None else pair.targets for pair in fitting]
+    plans = plan_steps(passes, lengths, targets, size, share_rows=False)
+    progress(0, len(order))
+    done = 0
+    for members, plan in zip(passes, plans, strict=True):
+        shape = plan.shape
+        batch = pack_pairs(
+            [kept[i] for i in members],
+            row_length=shape.row_length,
+            slots=shape.slots,
+            rows=shape.rows,
+        )
+        log_probs = jax.device_get(_log_probs(model, params, batch, settings.dtype))
+        for row, index in enumerate(members):
+            found[index] = np.asarray(log_probs[row, : targets[index]], np.float32)
+        done += len(members)
+        progress(done, len(order))
+        if done < len(order) and stop_requested():
+            raise Interrupted(f"stopped after {done} of {len(order)} pairs")
+    return found
+
+
+@partial(jax.jit, static_argnames=("model", "dtype"))
+def _log_probs(model: Model, params: Params, pairs: PairBatch, dtype: str) -> jax.Array:
+    return -token_losses(model, params, pairs.batch, dtype=jnp.dtype(dtype))
+
+
+def reference_log_probs(
+    model: Model,
+    params: Params,
+    pairs: Sequence[EncodedPair],
+    settings: DpoConfig,
+    *,
+    cache: Path,
+    fingerprints: Sequence[str],
+    say: Callable[[str], None] = nothing,
+    progress: Callable[[int, int], None] = nothing,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> list[np.ndarray]:
+    """`pair_log_probs`, from ``cache`` if that was computed from the same things.
+
+    Args:
+        model: the decoder.
+        params: the reference model's parameters; not read when the cache holds.
+        pairs: encoded pairs.
+        settings: decide lengths and compute dtype.
+        cache: an ``.npz`` file, written atomically and replaced when stale or damaged.
+        fingerprints: of the model's weights and of its tokenizer.
+        say: told in one line why a cache is not used.
+        progress: given ``(pairs done, pairs in all)``.
+        stop_requested: asked between passes.
+    """
+    key = value_hash(
+        [
+            *fingerprints,
+            repr(model.config),
+            settings.dtype,
+            settings.max_length,
+            _content(pairs),
+        ]
+    )
+    sizes = [
+        0 if fitted is None else fitted.targets
+        for fitted in (fit_pair(pair, settings.max_length) for pair in pairs)
+    ]
+    if cache.exists():
+        try:
+            return _read(cache, key, sizes)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            say(f"{cache.name}: reference log-probs are computed again: {error}")
+    values = pair_log_probs(
+        model, params, pairs, settings, progress=progress, stop_requested=stop_requested
+    )
+    _write(cache, key, values)
+    return values
+
+
+def _content(pairs: Sequence[EncodedPair]) -> str:
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(repr((pair.id, pair.chosen.prompt_length)).encode())
+        for chat in (pair.chosen, pair.rejected):
+            digest.update(np.int64(count_targets(chat)).tobytes())
+            digest.update(np.ascontiguousarray(chat.tokens, np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def _read(cache: Path, key: str, sizes: Sequence[int]) -> list[np.ndarray]:
+    with np.load(cache, allow_pickle=False) as file:
+        if str(file["key"]) != key:
+            raise ValueError("they were of another model, tokenizer, data or setting")
+        values = file["log_probs"]  # the archive's CRC-32 is checked as this is read
+    if values.shape != (sum(sizes),) or values.dtype != np.float32:
+        raise ValueError("their number does not match the pairs")
+    return np.split(values, np.cumsum(sizes)[:-1])
+
+
+def _write(cache: Path, key: str, values: Sequence[np.ndarray]) -> None:
+    with open_atomically(cache) as file:
+        np.savez(file, key=np.asarray(key), log_probs=np.concatenate(values))
