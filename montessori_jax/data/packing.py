@@ -1,5 +1,6 @@
 """Encoded samples -> dense rows, several samples a row, with targets counted from lengths."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,6 +42,28 @@ def bucket(size: int, smallest: int = 16) -> int:
             return power * 3 // 2
         power *= 2
     return power
+
+
+def shared_buckets(sizes: Sequence[int], worth: int) -> list[int]:
+    """A bucketed length for each size; one that fewer than ``worth`` use joins the next longer one.
+
+    So short runs compile one program, and long ones pad little.
+    """
+    chosen = [bucket(size) for size in sizes]
+    counts = Counter(chosen)
+    merged: dict[int, int] = {}
+    lengths = sorted(counts)
+    for size, larger in zip(lengths, lengths[1:], strict=False):
+        if counts[size] < worth:
+            merged[size] = larger
+            counts[larger] += counts[size]
+
+    def final(size: int) -> int:
+        while size in merged:
+            size = merged[size]
+        return size
+
+    return [final(size) for size in chosen]
 
 
 def assign_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -87,7 +110,17 @@ def pack(
         row_length: tokens a row.
         slots: target slots a row; by default what the fullest row needs, bucketed.
         rows: pad with empty rows up to this many.
+
+    Raises `ValueError` for samples that do not fit, and for one whose prompt is empty (nothing
+    would predict its first token) or longer than the sample.
     """
+    for row in layout:
+        for index in row:
+            if not 1 <= chats[index].prompt_length <= len(chats[index].tokens):
+                raise ValueError(
+                    f"sample {index} has {len(chats[index].tokens)} tokens, "
+                    f"{chats[index].prompt_length} of them its prompt"
+                )
     needed = max((sum(count_targets(chats[i]) for i in row) for row in layout), default=1)
     slots = bucket(needed) if slots is None else slots
     if needed > slots:

@@ -8,7 +8,7 @@ new parameters without copying anything back.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +45,7 @@ class RmsNorm(nnx.Module):
 
     def __init__(self, width: int, epsilon: float):
         self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones((width,)))
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
 
     def __call__(self, x: Array) -> Array:
         scale = self.scale[...]
@@ -60,8 +60,8 @@ class Linear(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, bias: bool, scale: float, rngs: nnx.Rngs):
         init = nnx.initializers.normal(scale)
-        self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs)))
-        self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32)) if bias else None
 
     def __call__(self, x: Array) -> Array:
         y = x @ self.kernel[...].astype(x.dtype)
@@ -177,6 +177,12 @@ class Decoder(nnx.Module):
             )
 
 
+@cache
+def _define(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The static definition and the parameters' shapes; nothing is allocated."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+
+
 @dataclass(frozen=True)
 class Model:
     """The static half of a decoder; every method is a pure function of ``params``.
@@ -186,14 +192,9 @@ class Model:
 
     config: ModelConfig
 
-    @cached_property
-    def _definition(self) -> tuple[nnx.GraphDef, nnx.State]:
-        graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0))))
-        return graph, state
-
     def shapes(self) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct` leaves (float32)."""
-        return nnx.to_pure_dict(self._definition[1])
+        return nnx.to_pure_dict(_define(self.config)[1])
 
     def parameter_count(self) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes()))
@@ -209,7 +210,7 @@ class Model:
 
     def bind(self, params: Params) -> Decoder:
         """The NNX module holding ``params``."""
-        return nnx.merge(self._definition[0], params)
+        return nnx.merge(_define(self.config)[0], params)
 
     def head(self, params: Params) -> Float[Array, "width vocab"]:
         """The output projection; the embedding's transpose where the two are tied."""
@@ -256,9 +257,8 @@ class Model:
         """Hidden state of each right-padded prompt's last token, and all its keys and values."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = (positions < lengths[:, None]).astype(jnp.int32)
-        x, cache = self._run_packed(
-            params, tokens, segments, positions, None, dtype, "none", True
-        )
+        x, cache = self._run_packed(params, tokens, segments, positions, None, dtype, "none", True)
+        assert cache is not None  # it was asked for
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return last, cache
 

@@ -15,17 +15,24 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     wavelengths above ``original / low_freq_factor`` are divided by ``factor``, those below
     ``original / high_freq_factor`` are kept, and a linear ramp in ``original / wavelength`` joins
     the two (the rule that Llama 3.1 published with its weights).
+
+    Rounded to float32 after each operation, as the models were trained: at position 8,192 the last
+    bit of a frequency is worth 5e-4 radians. The power alone is computed in float64, since
+    float32 powers differ in that bit from one machine to the next.
     """
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequency = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponent)
+    power = np.power(np.float64(np.float32(config.rope_theta)), exponent.astype(np.float64))
+    frequency = np.float32(1.0) / power.astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
     if scaling.kind == "linear":
         return (frequency / scaling.factor).astype(np.float32)
     original = scaling.original_max_position_embeddings
-    wavelength = 2 * np.pi / frequency
-    ramp = (original / wavelength - scaling.low_freq_factor) / (
+    # Products with a reciprocal, as PyTorch divides a number by a tensor.
+    one = np.float32(1.0)
+    wavelength = 2 * np.pi * (one / frequency)
+    ramp = (original * (one / wavelength) - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
     )
     kept = np.clip(ramp, 0.0, 1.0)

