@@ -1,0 +1,123 @@
+"""The reference set: fixed batches, a loss for each token, and one number made of them.
+
+All reductions are linear in the token losses, so each is a weight for every token:
+``L_ref = sum_t weight_t loss_t``. Losses are subtracted token by token before they are weighted
+and added up, in float64 on the host: the differences are a millionth of the losses.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from montessori_jax.errors import UserError
+from montessori_jax.influence.step import Params
+
+Reduction = Literal["sample", "token", "batch8"]
+# (params, one batch) -> the losses of its tokens. Hashable: programs are cached by it.
+BatchLosses = Callable[[Params, Any], Array]
+
+
+def sample_weights(
+    counts: Int[np.ndarray, " samples"], reduction: Reduction
+) -> Float[np.ndarray, " samples"]:
+    """The weight of each token of a sample in the reference loss, float64.
+
+    With ``n_s`` tokens in sample ``s``: ``sample`` is ``1 / (S n_s)``, the mean over samples of
+    their mean token loss; ``token`` is ``1 / sum n``; ``batch8`` is the public code's, the mean
+    over consecutive batches of 8 samples of the batch's token mean. Samples without tokens have
+    no say.
+    """
+    if not counts.sum():
+        raise UserError("reference: no sample has response tokens: check its rows and max_length")
+    if reduction == "token":
+        return np.full(len(counts), 1.0 / counts.sum())
+    batch = np.arange(len(counts)) // (8 if reduction == "batch8" else 1)
+    tokens = np.bincount(batch, weights=counts)
+    return 1.0 / (np.count_nonzero(tokens) * np.maximum(tokens, 1.0))[batch]
+
+
+def require_finite(loss: float) -> None:
+    """Stop where no influence can be measured: the reference loss itself is broken."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the reference loss is {loss} before any step: check the student's weights and the "
+            "reference rows"
+        )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Reference batches, one after another on the device, and the weights of their tokens.
+
+    Attributes:
+        losses_of_batch: ``(params, batch) -> token losses`` in nats, any shape.
+        batches: pytree with leaves ``[passes, ...]``; one slice is a batch.
+        weights: float64 ``[passes, *tokens]``, zero on fillers.
+        gradient_losses_of_batch: the same losses as the reference gradient sees them, for example
+            computed in bf16; by default ``losses_of_batch``.
+    """
+
+    losses_of_batch: BatchLosses
+    batches: Any
+    weights: Float[np.ndarray, "passes *tokens"] = field(repr=False)
+    gradient_losses_of_batch: BatchLosses | None = None
+
+    def loss(self, token_losses: Float[np.ndarray, "passes *tokens"]) -> float:
+        """``sum_t weight_t loss_t`` in float64."""
+        counted = self.weights > 0
+        return float(np.dot(self.weights[counted], token_losses[counted].astype(np.float64)))
+
+    def difference(
+        self,
+        before: Float[np.ndarray, "passes *tokens"],
+        after: Float[np.ndarray, "passes *tokens"],
+    ) -> float:
+        """``L_ref(before) - L_ref(after)``, subtracted token by token in float64."""
+        return self.loss(before.astype(np.float64) - after.astype(np.float64))
+
+    def losses(self, params: Params) -> Float[np.ndarray, "passes *tokens"]:
+        """Every token's loss, on the host, by one compiled program whatever the parameters."""
+        return jax.device_get(_losses(self.losses_of_batch, params, self.batches))
+
+    def gradient(self, params: Params) -> Params:
+        """Gradient of the reference loss, added up batch by batch: memory of one batch."""
+        losses = self.gradient_losses_of_batch or self.losses_of_batch
+        return _gradient(losses, params, self.batches, self.weights)
+
+
+def batch_by_batch(losses: BatchLosses, params: Params, batches: Any) -> Array:
+    """Token losses ``[passes, *tokens]``, one pass on the device at a time."""
+    return jax.lax.map(partial(losses, params), batches)
+
+
+_losses = jax.jit(batch_by_batch, static_argnames=("losses",))
+
+
+@partial(jax.jit, static_argnames=("losses",))
+def _gradient(losses: BatchLosses, params: Params, batches: Any, weights: Array) -> Params:
+    def weighted(params: Params, batch: Any, weights: Array) -> Array:
+        values = losses(params, batch)
+        # Fillers are chosen away, as a filler's infinite loss times zero would be NaN.
+        return jnp.sum(jnp.where(weights > 0, values * weights.astype(values.dtype), 0))
+
+    def add(total: Params, inputs: tuple[Any, Array]) -> tuple[Params, None]:
+        return jax.tree.map(jnp.add, total, jax.grad(weighted)(params, *inputs)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(add, zeros, (batches, weights))[0]
+
+
+def single_batch(
+    losses: Callable[[Params], Array], weights: Float[np.ndarray, "*tokens"]
+) -> Reference:
+    """A reference from a plain ``params -> token losses``, everything in one pass."""
+    return Reference(
+        lambda params, _: losses(params), np.zeros((1,), np.int32), np.asarray(weights)[None]
+    )

@@ -1,0 +1,90 @@
+"""What goes into a scorer and what comes out: one candidate, one score."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+
+class Candidate(NamedTuple):
+    """One sample to be scored.
+
+    ``data`` is what the candidate loss reads, a pytree of arrays without a batch axis. Candidates
+    of equal shapes share one compiled program. None says that it cannot be scored, and ``reason``
+    why.
+    """
+
+    id: str
+    data: Any
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """The local data influence of one candidate, in nats of reference loss.
+
+    Attributes:
+        id: the candidate's.
+        influence: reference loss before minus after one step on it; positive helps. None where
+            it could not be measured, for ``reason``.
+        loss_before: reference loss of the student as it is; None where nothing was run.
+        loss_after: reference loss after the step, where the method measures it.
+        offset: influence of the step with a zero gradient, which every candidate's step shares
+            through momentum and weight decay; ``influence - offset`` is the candidate's own part.
+        method: the estimator's name.
+        candidate_loss: the student's loss on the candidate before the step.
+        reason: why there is no influence.
+        standard_error: of ``influence``, where the method samples.
+    """
+
+    id: str
+    influence: float | None
+    loss_before: float | None
+    loss_after: float | None
+    offset: float | None
+    method: str
+    candidate_loss: float | None = None
+    reason: str | None = None
+    standard_error: float | None = None
+
+    def as_row(self) -> dict[str, Any]:
+        """The score as one flat JSON-able row."""
+        return asdict(self)
+
+
+def unmeasured(candidate: Candidate, method: str) -> Score:
+    """The score of a candidate that cannot be run at all."""
+    reason = candidate.reason or "no data"
+    return Score(candidate.id, None, None, None, None, method, reason=reason)
+
+
+def measured_score(
+    candidate: Candidate,
+    influence: float,
+    candidate_loss: float,
+    *,
+    loss_before: float,
+    loss_after: float | None,
+    offset: float | None,
+    method: str,
+) -> Score:
+    """A score as measured; without a number, and with the reason, where that is not finite."""
+    reason = None
+    if not math.isfinite(candidate_loss):
+        reason = f"the loss on the candidate is {candidate_loss}"
+    elif not math.isfinite(influence):
+        reason = f"the step on the candidate gives an influence of {influence}"
+    return Score(
+        id=candidate.id,
+        influence=None if reason else influence,
+        loss_before=loss_before,
+        loss_after=None if reason else loss_after,
+        offset=offset,
+        method=method,
+        candidate_loss=candidate_loss if math.isfinite(candidate_loss) else None,
+        reason=reason,
+    )
+
+
+# Scores a few candidates, in their order. Made once per student by an estimator's function.
+Scorer = Callable[[Sequence[Candidate]], list[Score]]
