@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from montessori_jax.data.rows import Message
 from montessori_jax.errors import UserError
+from montessori_jax.models.loaded import LoadedModel
 
 # For models that bring no template. Turns are headed by "### Role:" on a line of its own and end
 # with an empty line; the assistant's text is closed by the end-of-sequence token. A tokenizer that
@@ -129,6 +130,11 @@ class ChatFormat:
         clock = _FIXED_CLOCK if "strftime_now" in self.template else ""
         self._dated_template = clock + self.template
 
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> "ChatFormat":
+        """The format of a loaded model, its generation config's stop ids included."""
+        return cls(loaded.tokenizer, loaded.generation)
+
     def encode_prompt(self, messages: Sequence[Message], *, prefill: str = "") -> list[int]:
         """Ids that generation starts from: the conversation and the head of the answer's turn.
 
@@ -175,6 +181,41 @@ class ChatFormat:
             raise ChatError(f"the chat template of {self.name} leaves nothing of the response")
         ids = self._encode(prompt, mark)
         tokens = self._extend(prompt, ids, response, mark)
+        return EncodedChat(np.asarray(tokens, np.int32), len(ids))
+
+    def encode_answer(
+        self, prompt: Sequence[Message] | str, answer: str, *, prefill: str = ""
+    ) -> EncodedChat:
+        """A prompt and what was generated after it and after ``prefill``; the loss falls on that.
+
+        The ids of the prompt are those that generation was given. A chat's answer runs through
+        the end of its turn; plain text has none, so the answer to it is the text alone.
+
+        Raises:
+            ChatError: see `encode`; or the answer has no tokens.
+        """
+        if isinstance(prompt, str):
+            ids = self.encode_text(prompt + prefill)
+            mark = self._mark([], prompt + prefill + answer)
+            start, more = self._guard(prompt + prefill, mark), self._guard(answer, mark)
+            tokens = self._extend(start, ids[len(self._bos) :], more, mark)
+            tokens = [*self._bos, *tokens]
+        else:
+            ids = self.encode_prompt(prompt, prefill=prefill)
+            turns = [*prompt, {"role": "assistant", "content": prefill + answer}]
+            mark = self._mark(turns)
+            head = self._render(prompt, mark, prompt=True)
+            whole = self._render(turns, mark, prompt=False)
+            start = head + self._guard(prefill, mark)
+            if not whole.startswith(start):
+                raise ChatError(
+                    f"the chat template of {self.name} writes the assistant's turn differently "
+                    f"than it prompts for it ({_differing(start, whole)})"
+                )
+            more = self._through_end_of_turn(whole[len(start) :])
+            tokens = self._extend(start, ids, more, mark)
+        if len(tokens) == len(ids):
+            raise ChatError("the answer has no tokens")
         return EncodedChat(np.asarray(tokens, np.int32), len(ids))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

@@ -114,8 +114,8 @@ def pack(
     Raises `ValueError` for samples that do not fit, and for one whose prompt is empty (nothing
     would predict its first token) or longer than the sample.
     """
-    for row in layout:
-        for index in row:
+    for members in layout:
+        for index in members:
             if not 1 <= chats[index].prompt_length <= len(chats[index].tokens):
                 raise ValueError(
                     f"sample {index} has {len(chats[index].tokens)} tokens, "
@@ -152,4 +152,4 @@ def pack(
             samples[row, slot] = index
             weights[row, slot] = 1.0
             start, filled = end, filled + count
-    return Batch(tokens, segments, positions, at, targets, samples, weights)
+    return Batch(tokens, segments, positions, at, targets, samples, weights)  # type: ignore[arg-type]

@@ -111,16 +111,12 @@ def dpo(
             cache=work.file("reference_log_probs.npz"),
             fingerprints=(teacher.fingerprint,),
             say=work.say,
-            progress=lambda done, total: bar.update(done - bar.n),
+            progress=bar.reach,
             stop_requested=work.stop.requested,
         )
     before, after = log_probs[: len(training)], log_probs[len(training) :]
     metrics = MetricsFile(work.file("metrics.jsonl"))
     bar = work.bar(0, "step", "dpo")
-
-    def progress(done: int, steps: int) -> None:
-        bar.total = steps
-        bar.update(done - bar.n)
 
     def record(row: dict[str, Any]) -> None:
         metrics.write(row)
@@ -136,7 +132,7 @@ def dpo(
             seed=work.seed,
             checkpoints=Checkpoints(work.folder / "checkpoints", say=work.say),
             metrics=record,
-            progress=progress,
+            progress=bar.reach,
             say=work.say,
             stop_requested=work.stop.requested,
         )

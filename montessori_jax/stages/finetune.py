@@ -60,15 +60,10 @@ OPTIMIZER_FIELDS = frozenset(as_dict(OptimizerConfig()))
 def _train(
     student: LoadedModel, data: str, settings: SftConfig, work: Work
 ) -> tuple[TrainState, dict[str, Any], int]:
-    encoded = encode_rows(
-        read_rows(data), ChatFormat.of(student), settings.max_length, limit=settings.rows
-    )
+    chat = ChatFormat.of(student)
+    encoded = encode_rows(read_rows(data), chat, settings.max_length, limit=settings.rows)
     metrics = MetricsFile(work.file("metrics.jsonl"))
     bar = work.bar(0, "step", "training")
-
-    def progress(done: int, steps: int) -> None:
-        bar.total = steps
-        bar.update(done - bar.n)
 
     def record(row: dict[str, Any]) -> None:
         metrics.write(row)
@@ -87,7 +82,7 @@ def _train(
             fingerprint=student.fingerprint,
             checkpoints=Checkpoints(work.folder / "checkpoints", say=work.say),
             metrics=record,
-            progress=progress,
+            progress=bar.reach,
             say=work.say,
             stop_requested=work.stop.requested,
         )

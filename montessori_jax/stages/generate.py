@@ -92,7 +92,8 @@ def sample(
                     {
                         "prompt_id": one.prompt_id,
                         "index": one.index,
-                        "text": one.text,
+                        # A stop string belongs to the answer that it ended.
+                        "text": one.text + one.stop,
                         "finish": one.finish,
                         "tokens": len(one.tokens),
                     }
@@ -238,10 +239,10 @@ def generate(
             f"asked the teacher {prompts} times for {settings.samples} instructions "
             f"(style {settings.style})",
             "kept what parses and passes the filters, near-duplicates dropped at ROUGE-L "
-            f"{settings.rouge_threshold}",
+            f"{settings.filters.rouge_threshold}",
             "asked the teacher for a response to each",
         ),
-        counts={"candidates": result["candidates"], "kept": len(kept)},
+        counts={"candidates": report.attempts, "kept": len(kept)},
         seed=work.seed,
         models={"teacher": teacher.name},
     )

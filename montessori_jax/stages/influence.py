@@ -133,7 +133,7 @@ def _table(
 ) -> list[dict[str, Any]]:
     """One row a candidate, in the file's order."""
     scored = {row.index: score for row, score in zip(rows, scores, strict=True)}
-    names = {row.index: row.id for row in (*source.rows, *source.bad)}
+    names = {row.index: row.id for row in source.rows} | {bad.index: bad.id for bad in source.bad}
     table = []
     for index in sorted(names):
         score = scored.get(index)

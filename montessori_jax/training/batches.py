@@ -1,15 +1,13 @@
 """Which samples an optimizer step takes, and the shapes they are laid out in."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TypeVar
 
 import jax
 import numpy as np
 
-from montessori_jax.data.packing import assign_rows, bucket
+from montessori_jax.data.packing import assign_rows, bucket, shared_buckets
 from montessori_jax.seeding import derive_seed
 
 # Steps that a row length must serve to be worth a program of its own: compiling one takes about
@@ -49,29 +47,6 @@ def step_samples(seed: int, samples: int, batch_size: int, epochs: int) -> list[
     return steps
 
 
-def row_lengths(longest: Sequence[int], worth: int = WORTH_COMPILING) -> list[int]:
-    """A bucketed row length for each step, given its longest sample.
-
-    A length that fewer than ``worth`` steps use is merged into the next longer one, so that short
-    runs compile one program and long ones pad little.
-    """
-    chosen = [bucket(size) for size in longest]
-    counts = Counter(chosen)
-    merged: dict[int, int] = {}
-    sizes = sorted(counts)
-    for size, larger in pairwise(sizes):
-        if counts[size] < worth:
-            merged[size] = larger
-            counts[larger] += counts[size]
-
-    def final(size: int) -> int:
-        while size in merged:
-            size = merged[size]
-        return size
-
-    return [final(size) for size in chosen]
-
-
 def plan_steps(
     steps: Sequence[Sequence[int]],
     lengths: Sequence[int],
@@ -89,13 +64,13 @@ def plan_steps(
         targets: tokens of each sample that the loss falls on.
         micro_batch: rows on the device at one time, at most.
         share_rows: several samples may share a row; otherwise each has its own.
-        worth: see `row_lengths`.
+        worth: see `shared_buckets`.
 
     Returns:
         A plan a step. Those of one row length have one shape; micro-batches that a step does not
         need are empty, and `accumulate` does not run them.
     """
-    wanted = row_lengths([max(lengths[i] for i in step) for step in steps], worth)
+    wanted = shared_buckets([max(lengths[i] for i in step) for step in steps], worth)
     layouts: list[list[list[int]]] = []
     for step, row_length in zip(steps, wanted, strict=True):
         if share_rows:

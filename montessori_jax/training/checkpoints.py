@@ -122,12 +122,15 @@ def save_student(folder: Path, student: Student) -> None:
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
-    """What was noted of the student in ``folder``; None if that holds no student checkpoint."""
+    """All notes beside the student in ``folder``; None if that holds no student checkpoint.
+
+    ``about`` (the caller's own), ``settings``, ``learning_rate``, and ``crc32`` of every leaf.
+    """
     folder = Path(folder).absolute()
     if not (folder / "about").is_dir():
         return None
     with _checkpointer() as checkpointer:
-        return _read_notes(checkpointer, folder)["about"]
+        return _read_notes(checkpointer, folder)
 
 
 def load_student(folder: Path, model: Model) -> Student:

@@ -1,0 +1,83 @@
+"""A tiny teacher and student that really write instructions: trained here, in seconds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from montessori_jax.config import SftConfig
+from montessori_jax.data.chat import ChatFormat
+from montessori_jax.data.rows import Row, read_rows
+from montessori_jax.generation.prompts import (
+    CLOSING_TAG,
+    build_instruction_prompt,
+    choose_exemplars,
+)
+from montessori_jax.models import Model, ModelConfig
+from montessori_jax.models.folder import save_folder
+from montessori_jax.training.sft import train_sft
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 600 tokens with ChatML's control tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=TEMPLATE,
+    )
+
+
+def write_tiny_teacher(folder: Path, steps: int = 240) -> Path:
+    """Train a 0.2M-parameter model on the shipped seeds until it writes in their format."""
+    seeds: list[Row] = read_rows("package:seeds").rows
+    instructions = [row.instruction for row in seeds]
+    tokenizer = tiny_tokenizer([*instructions, *(row.response for row in seeds)])
+    chat = ChatFormat(tokenizer)
+    chats = []
+    for index in range(steps):
+        exemplars = choose_exemplars(
+            instructions, [], seed=7, prompt_index=index, num_seed=3, num_generated=0
+        )
+        prompt = build_instruction_prompt("turns", exemplars[:2])
+        answer = exemplars[2] + CLOSING_TAG
+        chats.append(chat.encode_answer(prompt.messages, answer, prefill=prompt.prefill))
+        chats.append(chat.encode(seeds[index % len(seeds)].conversation()))
+    config = ModelConfig(
+        family="llama",
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    model = Model(config)
+    settings = SftConfig(
+        learning_rate=4e-3, final_learning_rate=4e-4, batch_size=8, micro_batch=8, remat="none",
+        epochs=3,
+    )  # fmt: skip
+    state = train_sft(model, model.init(jax.random.key(0)), chats, settings, seed=0)
+    ends = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    save_folder(folder, model, state.params, tokenizer, {"eos_token_id": ends})
+    return folder
