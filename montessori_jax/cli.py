@@ -510,3 +510,7 @@ def _report(parsed: argparse.Namespace, stop: Any) -> None:
 
     for path in parsed.run_dir:
         print(render(summarise(RunDirectory.existing(path))))
+
+
+if __name__ == "__main__":
+    main()

@@ -26,12 +26,12 @@ TEMPLATE = (
 
 
 def tiny_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 600 tokens with ChatML's control tokens."""
+    """A byte-level BPE of 2,000 tokens with ChatML's control tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600,
+        vocab_size=2000,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -45,19 +45,19 @@ def tiny_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def write_tiny_teacher(folder: Path, steps: int = 240) -> Path:
+def write_tiny_teacher(folder: Path, prompts: int = 400) -> Path:
     """Train a 0.2M-parameter model on the shipped seeds until it writes in their format."""
     seeds: list[Row] = read_rows("package:seeds").rows
     instructions = [row.instruction for row in seeds]
     tokenizer = tiny_tokenizer([*instructions, *(row.response for row in seeds)])
     chat = ChatFormat(tokenizer)
     chats = []
-    for index in range(steps):
+    for index in range(prompts):
         exemplars = choose_exemplars(
-            instructions, [], seed=7, prompt_index=index, num_seed=3, num_generated=0
+            instructions, [], seed=7, prompt_index=index, num_seed=2, num_generated=0
         )
-        prompt = build_instruction_prompt("turns", exemplars[:2])
-        answer = exemplars[2] + CLOSING_TAG
+        prompt = build_instruction_prompt("turns", exemplars[:1])
+        answer = exemplars[1] + CLOSING_TAG
         chats.append(chat.encode_answer(prompt.messages, answer, prefill=prompt.prefill))
         chats.append(chat.encode(seeds[index % len(seeds)].conversation()))
     config = ModelConfig(
@@ -74,8 +74,8 @@ def write_tiny_teacher(folder: Path, steps: int = 240) -> Path:
     )
     model = Model(config)
     settings = SftConfig(
-        learning_rate=4e-3, final_learning_rate=4e-4, batch_size=8, micro_batch=8, remat="none",
-        epochs=3,
+        learning_rate=8e-3, final_learning_rate=4e-4, batch_size=16, micro_batch=16, remat="none",
+        epochs=2, max_length=256,
     )  # fmt: skip
     state = train_sft(model, model.init(jax.random.key(0)), chats, settings, seed=0)
     ends = tokenizer.convert_tokens_to_ids("<|im_end|>")

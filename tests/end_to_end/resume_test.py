@@ -1,0 +1,180 @@
+"""The whole loop from the command line: killed in every stage, it ends as if it never was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.end_to_end.artifacts import artifacts, assert_same_runs
+from tests.tiny_world import write_tiny_teacher
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = {
+    "iterations": 1,
+    "warmup_fraction": 0.3,
+    "synthesis_prompts": 4,
+    "data": {"num_reference": 6, "num_heldout": 8},
+    "generation": {
+        "style": "turns",
+        "prompts": 8,
+        "samples": 3,
+        "round_prompts": 4,
+        "seed_exemplars": 1,
+        "generated_exemplars": 1,
+        "max_tokens": 32,
+        "prompts_per_batch": 2,
+        "min_yield": 0.05,
+        "filters": {"min_words": 1, "rouge_threshold": 1.0, "keywords": []},
+    },
+    "responses": {"max_tokens": 24, "prompts_per_batch": 8, "unfinished": "keep"},
+    "warmup": {"rows": 6, "learning_rate": 1e-3, "batch_size": 2, "max_length": 256},
+    "influence": {"method": "first_order", "audit": 3, "max_length": 256, "chunk": 4},
+    "preferences": {"rule": "extremes", "heldout_fraction": 0.2},
+    "dpo": {"learning_rate": 1e-3, "warmup_ratio": 0, "batch_size": 1, "max_length": 512},
+    "sft": {"rows": 9, "learning_rate": 1e-3, "warmup_ratio": 0, "batch_size": 3},
+}
+for section in ("warmup", "dpo", "sft"):
+    CONFIG[section] |= {"checkpoint_every": 1}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A trained tiny teacher, a config that uses it, and a cache of compiled programs."""
+    folder = tmp_path_factory.mktemp("world")
+    teacher = write_tiny_teacher(folder / "teacher")
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump({**CONFIG, "teacher": str(teacher), "student": str(teacher)}))
+    return folder
+
+
+def start(world: Path, run: Path) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(world / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "montessori_jax.cli", "run", world / "tiny.yaml", f"run_dir={run}"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(world: Path, run: Path) -> str:
+    process = start(world, run)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world):
+    run = world / "undisturbed"
+    return run, finish(world, run)
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+# Where a kill strikes: as soon as this file of the run has so many lines (or is there).
+STRIKES = {
+    "generation": ("iteration-1/generate/instructions.jsonl", 4),
+    "responses": ("iteration-1/generate/responses.jsonl", 2),
+    "warm-up": ("iteration-1/warmup/metrics.jsonl", 1),
+    "influence": ("iteration-1/influence/chunks.jsonl", 2),
+    "dpo": ("iteration-1/dpo/metrics.jsonl", 2),
+    "export": ("iteration-1/dpo/teacher/config.json", 1),
+    "synthesis": ("iteration-1/synthesise-tuned/instructions.jsonl", 3),
+    "training": ("iteration-1/train-tuned/metrics.jsonl", 1),
+}
+
+
+def strike(world: Path, run: Path, place: str, kind: signal.Signals) -> int:
+    """Start the run, kill it at the place, and return its exit status."""
+    name, count = STRIKES[place]
+    process = start(world, run)
+    deadline = time.monotonic() + 600
+    while process.poll() is None and lines(run / name) < count:
+        assert time.monotonic() < deadline, place
+        time.sleep(0.002)
+    process.send_signal(kind)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode != 0, f"{place}: ended before it was killed:\n{output}"
+    return process.returncode
+
+
+def test_a_run_ends_with_its_table_and_every_artifact(undisturbed):
+    run, output = undisturbed
+    for words in (
+        "yield of the teacher",
+        "preference pairs",
+        "share of positive influence",
+        "DPO loss",
+        "held-out reward margin",
+        "texts that differ under equal seeds",
+        "(Self-Instruct)",
+        "demonstrates the mechanics",
+    ):
+        assert words in output, words
+    summary = json.loads((run / "summary.json").read_text())
+    stages = summary["iterations"][0]["stages"]
+    assert stages["influence"]["audit"]["agreement"]["count"] == 3
+    assert stages["train-tuned"]["rows"] == stages["train-untuned"]["rows"]
+    assert stages["similarity"]["changed_share"] > 0
+    for name in ("dpo/teacher/model.safetensors", "generate/README.md", "influence/scores.parquet"):
+        assert (run / "iteration-1" / name).is_file(), name
+
+
+def test_a_finished_run_is_not_run_again(world, undisturbed):
+    run, _ = undisturbed
+    before = artifacts(run)
+    output = finish(world, run)
+    assert output.count("done before") == len(list((run / "iteration-1").iterdir()))
+    assert artifacts(run) == before
+
+
+def test_killed_in_a_few_stages_it_ends_the_same(world, undisturbed, tmp_path):
+    run = tmp_path / "killed"
+    assert strike(world, run, "generation", signal.SIGKILL) == -signal.SIGKILL
+    assert strike(world, run, "influence", signal.SIGTERM) == 128 + signal.SIGTERM
+    assert strike(world, run, "dpo", signal.SIGKILL) == -signal.SIGKILL
+    finish(world, run)
+    assert_same_runs(undisturbed[0], run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT], ids=lambda kind: kind.name)
+def test_killed_in_every_stage_it_ends_the_same(world, undisturbed, tmp_path, kind):
+    run = tmp_path / "killed"
+    for place in STRIKES:
+        strike(world, run, place, kind)
+    finish(world, run)
+    assert_same_runs(undisturbed[0], run)
+
+
+def test_other_settings_in_the_same_directory_are_refused(world, undisturbed):
+    run, _ = undisturbed
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "montessori_jax.cli", "run", world / "tiny.yaml"),
+            *(f"run_dir={run}", "dpo.beta=0.3"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 2
+    assert "dpo.beta: 0.1 -> 0.3" in process.stderr
+    assert process.stderr.count("\n") == 1
