@@ -72,20 +72,19 @@ def assign_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     Rows come in the order of their first sample and samples in the order given, so that the same
     lengths always give the same rows. Raises `ValueError` for a sample longer than a row.
     """
-    free: list[int] = []
+    free = np.zeros(len(lengths), np.int64)
     rows: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         size = lengths[index]
         if size > row_length:
             raise ValueError(f"sample {index} has {size} tokens, a row holds {row_length}")
-        for row, space in enumerate(free):
-            if size <= space:
-                rows[row].append(index)
-                free[row] -= size
-                break
-        else:
-            rows.append([index])
-            free.append(row_length - size)
+        fits = free[: len(rows)] >= size
+        row = int(fits.argmax()) if fits.any() else len(rows)
+        if row == len(rows):
+            rows.append([])
+            free[row] = row_length
+        rows[row].append(index)
+        free[row] -= size
     return sorted(sorted(row) for row in rows)
 
 
