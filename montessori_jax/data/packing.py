@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +54,7 @@ def shared_buckets(sizes: Sequence[int], worth: int) -> list[int]:
     counts = Counter(chosen)
     merged: dict[int, int] = {}
     lengths = sorted(counts)
-    for size, larger in zip(lengths, lengths[1:], strict=False):
+    for size, larger in pairwise(lengths):
         if counts[size] < worth:
             merged[size] = larger
             counts[larger] += counts[size]
