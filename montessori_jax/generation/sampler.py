@@ -121,7 +121,7 @@ def _decode(
         if counts is not None:
             at = jnp.arange(count)[:, None], jnp.arange(samples)[None, :], new
             counts = counts.at[at].add(jnp.where(state.finished, 0, 1))
-        ended = jnp.any(new[..., None] == jnp.asarray(stop_ids, jnp.int32), axis=-1)
+        ended = jnp.isin(new, jnp.asarray(stop_ids, jnp.int32))
         hidden, cache = model.decode(
             params, new, state.step, prompts.cache, prompts.lengths, state.own, dtype=dtype
         )
