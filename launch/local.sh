@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# One run on this machine, resumed by the same command.
+#
+#   launch/local.sh CONFIG [section.key=value ...]     [--dry-run first prints the command]
+#
+# Needs: the package installed (make install). Costs: what the config says at its head.
+set -euo pipefail
+dry=""
+if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
+[ $# -ge 1 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
+cd "$(dirname "$0")/.."
+montessori="montessori"
+[ -x .venv/bin/montessori ] && montessori=".venv/bin/montessori"
+if [ -n "$dry" ]; then printf '%q ' "$montessori" run "$@"; echo; exit 0; fi
+# exec: signals reach Python, which saves before it stops.
+exec "$montessori" run "$@"
