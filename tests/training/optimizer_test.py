@@ -1,0 +1,148 @@
+"""Fifty steps against torch's AdamW and SGD with transformers' schedule, and probe steps."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import get_wsd_schedule
+
+from montessori_jax.config import OptimizerConfig, SftConfig
+from montessori_jax.data.packing import pack
+from montessori_jax.models.weights import from_params
+from montessori_jax.training.optimizer import make_optimizer, probe_optimizer
+from montessori_jax.training.schedules import phases, rate_table
+from montessori_jax.training.state import start
+from montessori_jax.training.steps import sft_step
+from tests.training import samples
+
+STEPS = 50
+
+
+def torch_optimizer(settings: OptimizerConfig, parameters: Any) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=settings.learning_rate)
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        # Clipped at half of the steps or more; without clipping; SGD.
+        SftConfig(learning_rate=1e-3, final_learning_rate=1e-6, remat="none"),
+        SftConfig(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0, decay="linear"),
+        SftConfig(learning_rate=1e-2, optimizer="sgd", max_grad_norm=2.0),
+    ],
+    ids=["adamw", "adamw-decay", "sgd"],
+)
+def test_fifty_steps_of_a_llama_are_those_of_torch(settings: SftConfig) -> None:
+    model, params, theirs = samples.twins()
+    chats = samples.chats(STEPS)
+    batches = [pack([chat], [[0]], row_length=24, slots=24) for chat in chats]
+    tx = make_optimizer(settings, STEPS)
+    state, losses = start(params, tx), []
+    step = jax.jit(sft_step(model, tx, settings))
+    for batch in batches:
+        state, metrics = step(state, jax.tree.map(lambda leaf: leaf[None], batch))
+        losses.append(float(metrics["loss"]))
+
+    optimizer = torch_optimizer(settings, theirs.parameters())
+    split = phases(settings, STEPS)
+    schedule = get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=split.warmup,
+        num_stable_steps=split.stable,
+        num_decay_steps=split.decay,
+        decay_type=settings.decay,
+        min_lr_ratio=settings.final_learning_rate / settings.learning_rate,
+    )
+    expected, clipped = [], 0
+    for chat in chats:
+        loss = -samples.torch_log_probs(theirs, chat).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if settings.max_grad_norm > 0:
+            norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), settings.max_grad_norm)
+            clipped += float(norm) > settings.max_grad_norm
+        optimizer.step()
+        schedule.step()
+        expected.append(loss.item())
+
+    if settings.max_grad_norm > 0:
+        assert clipped > 0
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    after = dict(from_params(model.config, jax.device_get(state.params)))
+    start_of = dict(from_params(model.config, jax.device_get(params)))
+    moved = max(np.abs(after[name] - start_of[name]).max() for name in after)
+    assert moved > 1e-2  # so that agreement within 1e-5 says something
+    for name, value in theirs.state_dict().items():
+        np.testing.assert_allclose(after[name], value.numpy(), rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_adamw_by_hand() -> None:
+    settings = OptimizerConfig(
+        learning_rate=0.1,
+        final_learning_rate=0.1,
+        warmup_ratio=0,
+        decay_ratio=0,
+        weight_decay=0.5,
+        max_grad_norm=0,
+    )
+    tx = make_optimizer(settings, 2)
+    params = {"w": jnp.array([2.0])}
+    state = tx.init(params)
+    # Bias-corrected moments of a first gradient g are g and g^2: -0.1 (sign(g) + 0.5 * 2).
+    updates, state = tx.update({"w": jnp.array([4.0])}, state, params)
+    np.testing.assert_allclose(updates["w"], [-0.2], rtol=1e-5)
+    # m = .9 * .4 + .1 * (-2) = .16, over 1 - .81; v = .999 * .016 + .001 * 4, over 1 - .998001.
+    updates, state = tx.update({"w": jnp.array([-2.0])}, state, params)
+    direction = (0.16 / 0.19) / np.sqrt((0.999 * 0.016 + 0.004) / 0.001999)
+    np.testing.assert_allclose(updates["w"], [-0.1 * (direction + 1.0)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_probe_continues_the_warm_up(name: str) -> None:
+    """At the rate of the schedule's end, a probe's update is the run's own next update."""
+    settings = OptimizerConfig(
+        optimizer=name, learning_rate=0.01, warmup_ratio=1, decay_ratio=0, weight_decay=0.1
+    )
+    tx = make_optimizer(settings, 3)
+    params = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(4)}
+    state = tx.init(params)
+    for step in range(3):
+        gradient = jax.tree.map(lambda leaf, by=step: jnp.cos(leaf + by), params)
+        _, state = tx.update(gradient, state, params)
+    gradient = jax.tree.map(jnp.sin, params)
+    probe = probe_optimizer(settings, float(rate_table(settings, 3)[-1]))
+    assert jax.tree.structure(probe.init(params)) == jax.tree.structure(state)
+    own, _ = tx.update(gradient, state, params)
+    probed, _ = probe.update(gradient, state, params)
+    assert samples.equal(own, probed)
+    doubled, _ = probe_optimizer(settings, 0.02).update(gradient, state, params)
+    assert samples.largest_difference(doubled, jax.tree.map(lambda x: 2 * x, own)) < 1e-8
+
+
+def test_clipping_can_be_left_out_of_a_probe() -> None:
+    settings = OptimizerConfig(optimizer="sgd", max_grad_norm=1.0)
+    params = {"w": jnp.zeros(2)}
+    gradient = {"w": jnp.array([30.0, 40.0])}
+    for clip, expected in ((True, [-0.6, -0.8]), (False, [-30.0, -40.0])):
+        tx = probe_optimizer(settings, 1.0, clip=clip)
+        updates, _ = tx.update(gradient, tx.init(params), params)
+        np.testing.assert_allclose(updates["w"], expected, rtol=1e-6)
+
+
+def test_moments_are_float32() -> None:
+    _, params = samples.student()
+    state = make_optimizer(OptimizerConfig(), 10).init(params)
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim > 0]
+    assert len(moments) == 2 * len(jax.tree.leaves(params))
+    assert {leaf.dtype for leaf in moments} == {jnp.dtype(jnp.float32)}
