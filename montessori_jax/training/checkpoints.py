@@ -1,5 +1,6 @@
-"""Training states on disk, by Orbax: written atomically, restored exactly, checked by content."""
+"""Training states on disk, by Orbax: written atomically, restored exactly, checked before use."""
 
+import json
 import logging
 import shutil
 import zlib
@@ -10,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from montessori_jax.config import OptimizerConfig, build
+from montessori_jax.data.writing import open_atomically
 from montessori_jax.errors import UserError
 from montessori_jax.models import Model
 from montessori_jax.training.optimizer import make_optimizer
@@ -21,18 +22,18 @@ from montessori_jax.training.state import TrainState
 
 # Orbax reports each file it opens; what a user needs to know is said here.
 logging.getLogger("absl").setLevel(logging.ERROR)
+CONTENT = "content.json"
 
 
-class _Damaged(Exception):
-    """A checkpoint whose content is not what was saved."""
+class Unusable(Exception):
+    """A checkpoint that is incomplete, damaged, or of another structure; says which."""
 
 
 class Checkpoints:
     """The last ``keep`` states of one training run, each with the run's identity.
 
-    A save is visible only once it is complete, and the older ones are removed after that; what a
-    kill left half-written is cleaned up when the folder is opened again. Each leaf's CRC-32 is
-    saved too, as Orbax itself does not notice a flipped bit.
+    A save is usable only once it is complete, and older ones are removed after that; what a kill
+    left half-written is removed when the folder is opened again.
 
     Args:
         folder: created if needed; nothing else may live in it.
@@ -41,28 +42,26 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 2, say: Callable[[str], None] = print):
-        self.folder, self.say = Path(folder).absolute(), say
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                # Saving in the background needs a second copy of the state, as the next step
-                # overwrites this one.
-                enable_async_checkpointing=False,
-                cleanup_tmp_directories=True,
-            ),
-        )
+        self.folder, self.keep, self.say = Path(folder).absolute(), keep, say
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():
+            if not path.name.isdigit():
+                shutil.rmtree(path)
+
+    def steps(self) -> list[int]:
+        """Steps that a checkpoint is there of, in order."""
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
 
     def save(self, state: TrainState, identity: str) -> None:
-        """Write ``state`` under its own step."""
+        """Write ``state`` under its own step.
+
+        Raises:
+            UserError: there is no room for it, or no permission.
+        """
         step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        arguments = _save_arguments(state, {"identity": identity, "step": step})
-        try:
-            self._manager.save(step, args=arguments, force=True)
-        except OSError as error:
-            raise UserError(f"{self.folder}: a checkpoint cannot be written: {error}") from None
+        write_state(self.folder / str(step), state, {"identity": identity})
+        for old in [other for other in self.steps() if other != step][: -self.keep + 1 or None]:
+            shutil.rmtree(self.folder / str(old))
 
     def restore(self, like: TrainState, identity: str) -> TrainState | None:
         """The newest usable state of the run ``identity``, or None to start from the beginning.
@@ -71,25 +70,22 @@ class Checkpoints:
             like: the state's structure, arrays or `jax.ShapeDtypeStruct` leaves.
             identity: hash of all that decides the run; a checkpoint of another run is not used.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self.steps()):
+            folder = self.folder / str(step)
             try:
-                found = self._manager.restore(step, args=_restore_arguments(like))
-                state, about = _checked(found)
-            except Exception as error:  # Orbax raises many kinds for a damaged file
-                self._drop(step, f"is damaged ({_brief(error)})")
-                continue
-            if about["identity"] == identity:
-                return state
-            self._drop(step, "belongs to a run with other data or settings")
+                check_files(folder)
+                if read_notes(folder)["identity"] != identity:
+                    raise Unusable("belongs to a run with other data or settings")
+                return read_state(folder, like)
+            except Unusable as error:
+                self.say(
+                    f"{self.folder.name}: the checkpoint of step {step} {error} and is removed"
+                )
+                shutil.rmtree(folder)
         return None
-
-    def _drop(self, step: int, why: str) -> None:
-        self.say(f"{self.folder.name}: the checkpoint of step {step} {why} and is removed")
-        self._manager.delete(step)
 
     def clear(self) -> None:
         """Remove all of them: the run's result is safe elsewhere."""
-        self._manager.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -109,28 +105,25 @@ class Student:
 
 def save_student(folder: Path, student: Student) -> None:
     """Write a student's parameters, optimizer state and step to ``folder``, replacing it."""
-    folder = Path(folder).absolute()
-    about = {
+    notes = {
         "settings": {
             item.name: getattr(student.settings, item.name) for item in fields(OptimizerConfig)
         },
         "learning_rate": student.learning_rate,
         "about": student.about,
     }
-    with _checkpointer() as checkpointer:
-        checkpointer.save(folder, args=_save_arguments(student.state, about), force=True)
+    write_state(folder, student.state, notes)
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
     """All notes beside the student in ``folder``; None if that holds no student checkpoint.
 
-    ``about`` (the caller's own), ``settings``, ``learning_rate``, and ``crc32`` of every leaf.
+    ``about`` (the caller's own), ``settings``, ``learning_rate``, and ``leaves``, the shape and
+    dtype of everything in the state.
     """
-    folder = Path(folder).absolute()
-    if not (folder / "about").is_dir():
+    if not (Path(folder) / "about").is_dir():
         return None
-    with _checkpointer() as checkpointer:
-        return _read_notes(checkpointer, folder)
+    return _student_notes(Path(folder))
 
 
 def load_student(folder: Path, model: Model) -> Student:
@@ -139,81 +132,137 @@ def load_student(folder: Path, model: Model) -> Student:
     Raises:
         UserError: ``folder`` is not such a checkpoint, is damaged, or is of another model.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no student checkpoint here")
-    with _checkpointer() as checkpointer:
-        about = _read_notes(checkpointer, folder)
-        settings = build(OptimizerConfig, about["settings"], str(folder))
-        tx = make_optimizer(settings, 1)
-        like = jax.eval_shape(
-            lambda params: TrainState(params, tx.init(params), jnp.int32(0)), model.shapes()
-        )
-        try:
-            state, _ = _checked(checkpointer.restore(folder, args=_restore_arguments(like)))
-        except Exception as error:
-            raise UserError(
-                f"{folder}: this student cannot be read (damaged, or of another model than "
-                f"{model.config.family} with {model.parameter_count():,} parameters): "
-                f"{_brief(error)}"
-            ) from None
-    return Student(state, settings, about["learning_rate"], about["about"])
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-
-
-def _read_notes(checkpointer: ocp.Checkpointer, folder: Path) -> dict[str, Any]:
-    try:
-        notes = checkpointer.restore(folder, args=ocp.args.Composite(about=ocp.args.JsonRestore()))[
-            "about"
-        ]
-        if not {"settings", "learning_rate", "about"} <= notes.keys():
-            raise ValueError("its notes lack an entry")
-        return notes
-    except Exception as error:  # Orbax raises many kinds
-        raise UserError(f"{folder}: not a student checkpoint: {_brief(error)}") from None
-
-
-def _save_arguments(state: TrainState, about: dict[str, Any]) -> ocp.args.Composite:
-    return ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        about=ocp.args.JsonSave({**about, "crc32": _checksums(state)}),
+    notes = _student_notes(folder)
+    settings = build(OptimizerConfig, notes["settings"], str(folder))
+    tx = make_optimizer(settings, 1)
+    like = jax.eval_shape(
+        lambda params: TrainState(params, tx.init(params), jnp.int32(0)), model.shapes()
     )
+    try:
+        check_files(folder)
+        state = read_state(folder, like)
+    except Unusable as error:
+        raise UserError(f"{folder}: this student {error}: warm it up again") from None
+    return Student(state, settings, notes["learning_rate"], notes["about"])
 
 
-def _restore_arguments(like: TrainState) -> ocp.args.Composite:
+def _student_notes(folder: Path) -> dict[str, Any]:
+    try:
+        notes = read_notes(folder)
+    except Unusable as error:
+        raise UserError(f"{folder}: not a student checkpoint: it {error}") from None
+    missing = {"settings", "learning_rate", "about"} - notes.keys()
+    if missing:
+        raise UserError(f"{folder}: not a student checkpoint: it lacks {', '.join(missing)}")
+    return notes
+
+
+def write_state(folder: Path, state: TrainState, notes: dict[str, Any]) -> None:
+    """Write a state and JSON-able notes to ``folder``, replacing it.
+
+    Orbax renames the folder into place; `CONTENT`, written last, lists the CRC-32 of every file
+    in it, since Orbax itself does not notice a flipped bit. Saved in the foreground: in the
+    background it would need a second copy of the state, as the next step overwrites this one.
+
+    Raises:
+        UserError: there is no room for it, or no permission.
+    """
+    folder = Path(folder).absolute()
+    arguments = ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        about=ocp.args.JsonSave({**notes, "leaves": _leaves(state)}),
+    )
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(folder, args=arguments, force=True)
+        checksums = {name: _checksum(folder / name) for name in _files(folder)}
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: a checkpoint cannot be written: {reason}") from None
+    with open_atomically(folder / CONTENT) as file:
+        file.write(json.dumps(checksums, indent=0).encode())
+
+
+def check_files(folder: Path) -> None:
+    """Raise `Unusable` unless every file of a checkpoint is there and has its own content."""
+    try:
+        checksums = json.loads((folder / CONTENT).read_bytes())
+    except FileNotFoundError:
+        raise Unusable("is incomplete") from None
+    except ValueError:
+        raise Unusable("is damaged (its list of files)") from None
+    for name, checksum in checksums.items():
+        try:
+            found = _checksum(folder / name)
+        except OSError as error:
+            raise Unusable(f"is damaged ({name}: {error.strerror})") from None
+        if found != checksum:
+            raise Unusable(f"is damaged ({name} has changed)")
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """The notes of a checkpoint; raises `Unusable`."""
+    with _checkpointer() as checkpointer:
+        try:
+            return checkpointer.restore(
+                Path(folder).absolute(), args=ocp.args.Composite(about=ocp.args.JsonRestore())
+            )["about"]
+        except Exception as error:  # Orbax raises many kinds
+            raise Unusable(f"cannot be read ({_brief(error)})") from None
+
+
+def read_state(folder: Path, like: TrainState) -> TrainState:
+    """The state of a checkpoint whose files are sound; raises `Unusable` if it is not ``like``."""
+    # Compared first, as Orbax reports a mismatch only while it is reading.
+    saved, wanted = read_notes(folder).get("leaves", {}), _leaves(like)
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            raise Unusable(
+                f"is of another model or optimizer ({name} is {saved.get(name, 'absent')} there, "
+                f"{wanted.get(name, 'absent')} here)"
+            )
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(leaf, "sharding", None) or here
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return ocp.args.Composite(
-        state=ocp.args.StandardRestore(jax.tree.map(placed, like)),
-        about=ocp.args.JsonRestore(),
-    )
+    arguments = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(placed, like)))
+    with _checkpointer() as checkpointer:
+        try:
+            return checkpointer.restore(Path(folder).absolute(), args=arguments)["state"]
+        except Exception as error:
+            raise Unusable(f"cannot be read ({_brief(error)})") from None
 
 
-def _checked(found: Any) -> tuple[TrainState, dict[str, Any]]:
-    """The restored state and notes; raises `_Damaged` where a leaf's content has changed."""
-    state, about = found["state"], found["about"]
-    for name, checksum in _checksums(state).items():
-        if about["crc32"].get(name) != checksum:
-            raise _Damaged(f"the content of {name} has changed")
-    return state, about
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
 
-def _checksums(state: TrainState) -> dict[str, int]:
-    """CRC-32 of every leaf's bytes (3 GB/s), by its path in the state."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
+def _leaves(state: TrainState) -> dict[str, str]:
+    """``float32[2, 3]`` for every leaf, by its path in the state."""
     return {
-        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)).data)
-        for path, leaf in leaves
+        jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
 
 
+def _files(folder: Path) -> list[str]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(folder)) for path in found)
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
 def _brief(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:160]
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160]

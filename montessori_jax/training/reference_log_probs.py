@@ -139,7 +139,8 @@ def _content(pairs: Sequence[EncodedPair]) -> str:
 
 
 def _read(cache: Path, key: str, sizes: Sequence[int]) -> list[np.ndarray]:
-    with np.load(cache, allow_pickle=False) as file:
+    # Opened here, as numpy leaves a file open that is no archive.
+    with open(cache, "rb") as content, np.load(content, allow_pickle=False) as file:
         if str(file["key"]) != key:
             raise ValueError("they were of another model, tokenizer, data or setting")
         values = file["log_probs"]  # the archive's CRC-32 is checked as this is read

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from montessori_jax.data.chat import EncodedChat
-from montessori_jax.models import Model, Params
+from montessori_jax.models import Model, ModelConfig, Params
 from montessori_jax.models.families import family_of
 from montessori_jax.models.weights import to_params
 from montessori_jax.training.pairs import EncodedPair
@@ -31,6 +31,11 @@ def student(seed: int = 0) -> tuple[Model, Params]:
     """Our side of `twins`, initialised as a model is before pre-training."""
     model = Model(family_of(CONFIG, "test"))
     return model, model.init(jax.random.key(seed))
+
+
+def larger_config() -> ModelConfig:
+    """One more layer than `student`."""
+    return family_of({**CONFIG, "num_hidden_layers": 3}, "test")
 
 
 def chats(count: int, seed: int = 0, longest: int = 24) -> list[EncodedChat]:
@@ -70,7 +75,10 @@ def equal(first: Any, second: Any) -> bool:
     if jax.tree.structure(first) != jax.tree.structure(second):
         return False
     leaves = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
-    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in leaves)
+    return all(
+        a.dtype == b.dtype and a.shape == b.shape and np.array(a).tobytes() == np.array(b).tobytes()
+        for a, b in leaves
+    )
 
 
 def largest_difference(first: Any, second: Any) -> float:
