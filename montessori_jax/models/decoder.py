@@ -8,7 +8,7 @@ new parameters without copying anything back.
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -183,6 +183,11 @@ def _define(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
 
 
+@partial(jax.jit, static_argnums=0)
+def _create(config: ModelConfig, key: Array) -> Params:
+    return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(key))))
+
+
 @dataclass(frozen=True)
 class Model:
     """The static half of a decoder; every method is a pure function of ``params``.
@@ -201,12 +206,7 @@ class Model:
 
     def init(self, key: Array) -> Params:
         """Random float32 parameters (normal, ``config.initializer_range``; norms one)."""
-
-        @jax.jit
-        def create(key: Array) -> Params:
-            return nnx.to_pure_dict(nnx.state(Decoder(self.config, nnx.Rngs(key))))
-
-        return create(key)
+        return _create(self.config, key)
 
     def bind(self, params: Params) -> Decoder:
         """The NNX module holding ``params``."""
