@@ -8,9 +8,8 @@ set -euo pipefail
 dry=""
 if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
 [ $# -ge 1 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
-cd "$(dirname "$0")/.."
-montessori="montessori"
-[ -x .venv/bin/montessori ] && montessori=".venv/bin/montessori"
+montessori="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin/montessori"
+[ -x "$montessori" ] || montessori="montessori"
 if [ -n "$dry" ]; then printf '%q ' "$montessori" run "$@"; echo; exit 0; fi
 # exec: signals reach Python, which saves before it stops.
 exec "$montessori" run "$@"

@@ -23,6 +23,7 @@ from montessori_jax.config import (
     WarmupConfig,
     as_dict,
     build,
+    load_run_config,
     override,
     read_yaml,
 )
@@ -41,7 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Parse and run; the exit status."""
     _quiet_libraries()
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # Overrides may follow flags, where argparse no longer looks for them.
+    if any(one.startswith("-") or "=" not in one for one in rest) or (
+        rest and not hasattr(parsed, "overrides")
+    ):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
     from montessori_jax.stopping import Stop, on_signals
 
     stop = Stop()
@@ -116,7 +125,7 @@ def _stage_command(
 ) -> argparse.ArgumentParser:
     parser = _command(commands, name, summary, body, epilog=epilog)
     parser.add_argument("--config", metavar="YAML", help="take this stage's section from a run's")
-    parser.add_argument("--seed", type=int, default=0, help="keys every random draw (default 0)")
+    parser.add_argument("--seed", type=int, help="keys every random draw (default: the YAML's, 0)")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="override a setting of the YAML"
     )
@@ -136,13 +145,23 @@ def _section(parsed: argparse.Namespace, name: str) -> dict[str, Any]:
     return dict(_base(parsed).get(name) or {})
 
 
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of rows (1 or more)")
+    return int(text)
+
+
+def _rows_wanted(parsed: argparse.Namespace, given: int | None, name: str) -> int | None:
+    return given or (_base(parsed).get("data") or {}).get(name)
+
+
 def _work(parsed: argparse.Namespace, stop: Any, folder: Path, stage: str) -> Any:
     from montessori_jax.costs import Meter
     from montessori_jax.work import Work
 
     return Work(
         folder=folder,
-        seed=parsed.seed,
+        seed=_base(parsed).get("seed", 0) if parsed.seed is None else parsed.seed,
         meter=Meter(None, stage),
         stop=stop,
         quiet=parsed.quiet,
@@ -188,8 +207,7 @@ def _run(parsed: argparse.Namespace, stop: Any) -> None:
     assignments = list(parsed.overrides)
     if parsed.run_dir:
         assignments.append(f"run_dir={parsed.run_dir}")
-    values = override(read_yaml(parsed.config), assignments)
-    config = build(RunConfig, values, parsed.config)
+    config = load_run_config(parsed.config, assignments)
     if parsed.print_config:
         print(yaml.safe_dump(as_dict(config), sort_keys=False), end="")
         return
@@ -315,7 +333,9 @@ def _add_influence(commands: Any) -> None:
     parser.add_argument("--reference", help=ROWS)
     parser.add_argument("--out", required=True, help="scores, .jsonl or .parquet")
     parser.add_argument(
-        "--num-reference", type=int, help="reference rows used, the first ones; default all"
+        "--num-reference",
+        type=_count,
+        help="reference rows used, the first ones; default the YAML's, or all",
     )
     parser.add_argument("--warmup", metavar="FILE", help=f"warm the student up on these: {ROWS}")
     add_settings(parser, InfluenceConfig, "influence")
@@ -323,8 +343,9 @@ def _add_influence(commands: Any) -> None:
 
 
 def _influence(parsed: argparse.Namespace, stop: Any) -> None:
+    from montessori_jax.data.rows import read_rows
     from montessori_jax.models.sources import load_model
-    from montessori_jax.runs import remove_tree
+    from montessori_jax.runs import StageFolder, remove_tree, value_hash
     from montessori_jax.stages.finetune import warm_up
     from montessori_jax.stages.influence import audit_line, check_suffix, influence
 
@@ -335,9 +356,15 @@ def _influence(parsed: argparse.Namespace, stop: Any) -> None:
     scratch = _scratch(parsed.out)
     if parsed.warmup:
         warmup = settings_from(parsed, WarmupConfig, _section(parsed, "warmup"), prefix="warmup-")
-        if not (scratch / "warmup" / "state").exists():
-            work = _work(parsed, stop, scratch / "warmup", "warm-up")
-            warm_up(load_model(student), parsed.warmup, warmup, work)
+        work = _work(parsed, stop, scratch / "warmup", "warm-up")
+        loaded = load_model(student)
+        rows = [row.conversation() for row in read_rows(parsed.warmup).require()]
+        key = value_hash([loaded.fingerprint, rows, as_dict(warmup), work.seed])
+        marker = StageFolder(work.folder)
+        if (marker.result() or {}).get("key") != key:
+            remove_tree(work.folder)
+            warm_up(loaded, parsed.warmup, warmup, work)
+            marker.finish({"key": key})
         student = str(scratch / "warmup")
     work = _work(parsed, stop, scratch, "influence")
     result = influence(
@@ -346,7 +373,7 @@ def _influence(parsed: argparse.Namespace, stop: Any) -> None:
         parsed.reference or base.data.reference,
         settings,
         work,
-        num_reference=parsed.num_reference,
+        num_reference=_rows_wanted(parsed, parsed.num_reference, "num_reference"),
         out=Path(parsed.out),
     )
     remove_tree(scratch)
@@ -377,7 +404,7 @@ def _add_preferences(commands: Any) -> None:
         "--prompts",
         help="rows with prompt_id and prompt (default: prompts.jsonl beside candidates)",
     )
-    parser.add_argument("--out", required=True, help="folder for pairs.parquet, heldout.parquet")
+    parser.add_argument("--out", required=True, help="folder for the data sets pairs and heldout")
     add_settings(parser, PreferencesConfig, "preferences")
 
 
@@ -416,8 +443,8 @@ def _add_dpo(commands: Any) -> None:
     parser.add_argument(
         "--pairs",
         required=True,
-        help="rows with prompt (messages or text), chosen, rejected; or a folder with "
-        "pairs.parquet and heldout.parquet",
+        help="rows with prompt (messages or text), chosen, rejected; or the folder that "
+        "preferences wrote",
     )
     parser.add_argument("--heldout", help="pairs to measure on, not to train on")
     parser.add_argument("--out", required=True, help="folder for teacher/ and metrics.jsonl")
@@ -465,12 +492,17 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--student", help=MODEL)
     parser.add_argument("--heldout", help=ROWS)
     parser.add_argument("--out", help="write the result as JSON to this file as well")
-    parser.add_argument("--num-heldout", type=int, help="rows used, the first ones; default all")
+    parser.add_argument(
+        "--num-heldout",
+        type=_count,
+        help="rows used, the first ones; default the YAML's, or all",
+    )
     add_settings(parser, EvaluationConfig, "evaluation")
 
 
 def _evaluate(parsed: argparse.Namespace, stop: Any) -> None:
     from montessori_jax.models.sources import load_model
+    from montessori_jax.report.lines import with_error
     from montessori_jax.runs import write_json
     from montessori_jax.stages.evaluate import evaluate
 
@@ -483,13 +515,13 @@ def _evaluate(parsed: argparse.Namespace, stop: Any) -> None:
             parsed.heldout or base.data.heldout,
             settings,
             work,
-            num_heldout=parsed.num_heldout,
+            num_heldout=_rows_wanted(parsed, parsed.num_heldout, "num_heldout"),
         )
     if parsed.out:
         write_json(Path(parsed.out), result)
     loss = result["reference_loss"]
     print(
-        f"held-out reference loss {loss['loss']:.5f} ± {loss['standard_error']:.5f} on "
+        f"held-out reference loss {with_error(loss, 5)} on "
         f"{loss['samples']} rows, {loss['tokens']} tokens; skipped: {result['skipped']}  "
         f"({_report_cost(work)})"
     )

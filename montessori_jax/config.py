@@ -7,10 +7,10 @@ the file and what was expected. Field descriptions are what ``--help`` prints.
 import copy
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from montessori_jax.errors import UserError
@@ -71,6 +71,12 @@ class FilterConfig:
         0.7, "drop an instruction whose ROUGE-L F1 with a known one is above this", ge=0, le=1
     )
 
+    @model_validator(mode="after")
+    def _some_length_is_possible(self) -> Self:
+        if self.min_words > self.max_words:
+            raise ValueError("min_words is above max_words")
+        return self
+
 
 @dataclass(frozen=True, config=STRICT)
 class GenerationConfig(SamplingConfig):
@@ -78,7 +84,6 @@ class GenerationConfig(SamplingConfig):
 
     top_p: float = setting(0.9, "nucleus: smallest set of tokens with this probability", gt=0, le=1)
     presence_penalty: float = setting(1.0, "subtracted once from each token generated", ge=-2, le=2)
-    backend: Literal["jax"] = setting("jax", "what generates: the built-in sampler")
     style: Literal["chat", "turns", "list"] = setting(
         "chat", "prompt: one chat turn (the paper's), exemplars as earlier turns, or a plain list"
     )
@@ -122,6 +127,12 @@ class OptimizerConfig:
     epsilon: float = setting(1e-8, "AdamW: added to the root of the second moment", gt=0)
     weight_decay: float = setting(0.0, "AdamW: decoupled weight decay", ge=0)
     max_grad_norm: float = setting(1.0, "clip gradients to this global norm; 0 does not", ge=0)
+
+    @model_validator(mode="after")
+    def _schedule_is_possible(self) -> Self:
+        if self.warmup_ratio + self.decay_ratio > 1 + 1e-9:
+            raise ValueError("warmup_ratio and decay_ratio add up to more than 1")
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -214,13 +225,19 @@ class DpoConfig(TrainingConfig):
     )
     length_normalized: bool = setting(False, "log-probs a token instead of a sequence")
 
+    @model_validator(mode="after")
+    def _loss_reads_its_settings(self) -> Self:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing belongs to the loss 'sigmoid', not to 'ipo'")
+        return self
+
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
     """How students are judged."""
 
     evaluations: tuple[Literal["reference_loss"], ...] = setting(
-        ("reference_loss",), "what to run, by name"
+        ("reference_loss",), "what to run, by name", min_length=1
     )
     max_length: int = setting(1024, "longest sample in tokens; the response is cut there", ge=8)
     rows_per_pass: int = setting(4, "rows on the device at one time", ge=1)
@@ -267,6 +284,8 @@ def build(kind: type[T], values: dict[str, Any], origin: str) -> T:
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             known = ", ".join(_names_at(kind, first["loc"][:-1]))
             raise UserError(f"{origin}: unknown key '{key}'; known here: {known}{more}") from None
+        if first["type"] == "value_error":
+            raise UserError(f"{origin}: '{key}': {first['ctx']['error']}{more}") from None
         raise UserError(
             f"{origin}: '{key}' is {first.get('input')!r}, but: {first['msg']}{more}"
         ) from None
@@ -285,6 +304,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             values = yaml.safe_load(file)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text") from None
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not valid YAML: {reason}") from None

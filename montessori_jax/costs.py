@@ -78,8 +78,10 @@ class Meter:
         if peak and self.flops:
             row["model_flop_utilisation"] = round(self.flops / seconds / peak, 4)
         if self.ledger is not None:
+            # A kill may have torn the last line: this one must not be joined to it.
+            torn = self.ledger.exists() and not self.ledger.read_bytes().endswith(b"\n")
             with open(self.ledger, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write("\n" * torn + json.dumps(row) + "\n")
         return row
 
 
@@ -96,7 +98,11 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
         total = stages.setdefault(row["stage"], {"stage": row["stage"], "attempts": 0})
         total["attempts"] += 1
         for key, value in row.items():
-            if key == "peak_memory_bytes":
+            if key == "model_flop_utilisation":
+                done = total["seconds"] - row["seconds"]
+                before = total.get(key, 0.0) * done
+                total[key] = (before + value * row["seconds"]) / total["seconds"]
+            elif key == "peak_memory_bytes":
                 total[key] = max(total.get(key, 0), value)
             elif isinstance(value, int | float) and key != "finished":
                 total[key] = total.get(key, 0) + value

@@ -39,7 +39,7 @@ def add_settings(
             continue
         about = described[item.name]
         default = about.get("default")
-        several = isinstance(default, list)
+        several = "tuple" in str(item.type)
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         note = "" if shown is None else f" (default {shown})"
         choices = _choices(item.type)

@@ -15,7 +15,7 @@ from montessori_jax.costs import Meter, describe_cost
 from montessori_jax.data.rows import read_rows
 from montessori_jax.data.tables import read_table
 from montessori_jax.models.loaded import LoadedModel
-from montessori_jax.models.sources import load_model
+from montessori_jax.models.sources import load_model, model_fingerprint
 from montessori_jax.report import lines
 from montessori_jax.report.summary import summarise
 from montessori_jax.report.table import render
@@ -184,11 +184,10 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
         name: [asdict(row) for row in read_rows(source, need_response=name != "seeds").require()]
         for name, source in sources.items()
     }
-    models = {name: load_model(name).fingerprint for name in {config.teacher, config.student}}
     return {
         **{name: value_hash(content) for name, content in rows.items()},
-        "teacher": models[config.teacher],
-        "student": models[config.student],
+        "teacher": model_fingerprint(config.teacher),
+        "student": model_fingerprint(config.student),
     }
 
 

@@ -25,7 +25,16 @@ MARKER = "done.json"
 # May differ between the runs that share a directory: where it is, how far to go, how often to
 # save. Everything else decides what the artifacts hold.
 FREE_KEYS = ("run_dir", "iterations")
-FREE_LEAVES = ("checkpoint_every", "log_every")
+FREE_LEAVES = ("checkpoint_every",)
+# Sections that decide one stage (and those after it) may change until that stage is done.
+STAGE_OF = {
+    "warmup": "warmup",
+    "influence": "influence",
+    "preferences": "preferences",
+    "dpo": "dpo",
+    "sft": "train",
+    "evaluation": "evaluate",
+}
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -37,15 +46,6 @@ def write_atomic(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Atomic, indented, in the order given."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def content_hash(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, the first 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 def value_hash(value: Any) -> str:
@@ -75,6 +75,19 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         and key not in FREE_KEYS
         and key.rsplit(".", 1)[-1] not in FREE_LEAVES
     ]
+
+
+def _reopen(run: Path, change: str) -> bool:
+    """Whether a changed setting belongs to a stage that is not done; what it began is removed."""
+    stage = STAGE_OF.get(change.partition(".")[0])
+    if stage is None:
+        return False
+    begun = [place for place in run.glob(f"iteration-*/{stage}*") if place.is_dir()]
+    if any((place / MARKER).exists() for place in begun):
+        return False
+    for place in begun:
+        remove_tree(place)
+    return True
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,7 @@ class RunDirectory:
             changed = differences(read_yaml(config_file), resolved)
             if inputs_file.exists():
                 changed += differences(json.loads(inputs_file.read_text()), inputs)
+            changed = [one for one in changed if not _reopen(path, one)]
             if changed:
                 raise UserError(
                     f"{path} holds a run with other settings ({'; '.join(changed)}): "
@@ -172,7 +186,7 @@ class Journal:
         if path.exists():
             lines = path.read_bytes().split(b"\n")
             whole = [line for line in lines[:-1] if line]
-            found = [json.loads(line) for line in whole]
+            found = [_record(path, number, line) for number, line in enumerate(whole, 1)]
             if found:
                 if found[0].get("journal") != header["journal"]:
                     changed = differences(found[0].get("key", {}), key)
@@ -201,6 +215,15 @@ class Journal:
                 "the same command goes on from there"
             ) from None
         self.records.extend(records)
+
+
+def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError:
+        raise UserError(
+            f"{path}: line {number} is damaged: remove that line, or the file to start again"
+        ) from None
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -12,6 +12,8 @@ from tqdm import tqdm
 from montessori_jax.costs import Meter
 from montessori_jax.stopping import Stop
 
+# Training states of a stage in progress: a name that no user's folder has.
+CHECKPOINTS = ".montessori-checkpoints"
 # Where no one watches, a bar is a line every so often.
 LINE_SECONDS = 15.0
 

@@ -193,7 +193,7 @@ def test_preferences_from_files(tmp_path):
     prompts.write_text(json.dumps({"prompt_id": "a", "prompt": "ask", "prefill": "<"}) + "\n")
     files = ("--candidates", str(candidates), "--scores", str(scores), "--out", str(out))
     assert run(["preferences", *files, "--rule", "sign"]) == 0
-    (pair,) = pq.read_table(out / "pairs.parquet").to_pylist()
+    (pair,) = pq.read_table(out / "pairs" / "data.parquet").to_pylist()
     assert (pair["chosen"], pair["rejected"], pair["prefill"]) == ("text 0", "text 2", "<")
 
 

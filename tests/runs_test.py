@@ -29,10 +29,20 @@ def test_the_same_settings_open_the_directory_again(tmp_path):
 
 
 def test_changed_settings_are_refused_with_the_difference(tmp_path):
-    RunDirectory.create(config(tmp_path), INPUTS)
+    RunDirectory.create(config(tmp_path), INPUTS).stage("iteration-1/dpo").finish({})
     with pytest.raises(UserError, match=r"dpo\.beta: 0\.1 -> 0\.2") as caught:
         RunDirectory.create(config(tmp_path, dpo={"beta": 0.2}), INPUTS)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_of_a_stage_that_is_not_done_may_change_and_it_begins_again(tmp_path):
+    directory = RunDirectory.create(config(tmp_path), INPUTS)
+    begun = directory.stage("iteration-1/dpo").path / "metrics.jsonl"
+    begun.write_text("{}")
+    RunDirectory.create(config(tmp_path, dpo={"beta": 0.2}), INPUTS)
+    assert not begun.exists()
+    with pytest.raises(UserError, match="seed: 0 -> 1"):
+        RunDirectory.create(config(tmp_path, seed=1, dpo={"beta": 0.2}), INPUTS)
 
 
 def test_changed_inputs_are_refused(tmp_path):

@@ -21,12 +21,13 @@ from montessori_jax.training.losses import sum_by_sample, token_losses
 class ReferenceLoss:
     """Losses in nats a response token, the end-of-turn token included.
 
-    ``loss`` is the mean over samples of their mean token loss, ``standard_error`` that mean's;
+    ``loss`` is the mean over samples of their mean token loss, ``standard_error`` that mean's (None
+    for one sample);
     ``token_loss`` the mean over all tokens; ``by_sample`` one mean a row, in the file's order.
     """
 
     loss: float
-    standard_error: float
+    standard_error: float | None
     token_loss: float
     samples: int
     tokens: int
@@ -77,10 +78,10 @@ def reference_loss(
         count += np.asarray(sums.count, np.float64)
         progress(sum(len(row) for row in part))
     means = total / count
-    spread = float(np.std(means, ddof=1)) if len(means) > 1 else math.nan
+    spread = float(np.std(means, ddof=1)) if len(means) > 1 else None
     return ReferenceLoss(
         loss=float(np.mean(means)),
-        standard_error=spread / math.sqrt(len(means)),
+        standard_error=None if spread is None else spread / math.sqrt(len(means)),
         token_loss=float(total.sum() / count.sum()),
         samples=len(chats),
         tokens=int(count.sum()),

@@ -89,7 +89,7 @@ def score_candidates(
         **options,
     )
     usable = [one for one in candidates if one.data is not None]
-    if settings.method == "exact" and settings.dtype == "bfloat16" and usable:
+    if settings.method == "exact" and settings.dtype == "bfloat16" and usable and scores:
         step = jax.jit(candidate_update, static_argnums=(0, 1))
         _, updates = step(loss, tx, params, opt_state, usable[0].data)
         report_noise(noise_floor(reference, params, updates), scores)

@@ -45,4 +45,11 @@ def compared(r: Result) -> str:
 
 def evaluated(r: Result) -> str:
     loss = r["reference_loss"]
-    return f"held-out reference loss {loss['loss']:.4f} ± {loss['standard_error']:.4f}"
+    return f"held-out reference loss {with_error(loss, 4)}"
+
+
+def with_error(loss: Result, digits: int) -> str:
+    """A loss and, where there are several samples, its standard error."""
+    error = loss["standard_error"]
+    text = f"{loss['loss']:.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"

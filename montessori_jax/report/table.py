@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from montessori_jax.report.lines import with_error
 from montessori_jax.report.summary import Summary
 
 STUDENTS = {
@@ -26,12 +27,12 @@ def render(summary: Summary) -> str:
         students = _students(stages)
         if students:
             parts += ["", "Held-out reference loss of the student, in nats a token:", ""]
-            parts += _table(("student", "rows", "loss", "standard error", "change"), students)
+            parts += _table(("student", "rows", "loss ± standard error", "change"), students)
         rows = max(rows, *((stages.get(f"train-{name}") or {}).get("rows", 0) for name in STUDENTS))
         parts.append("")
     parts += ["## Cost", ""]
     parts += _table(
-        ("stage", "seconds", "tokens", "tokens/s", "peak memory", "attempts"), _costs(summary)
+        ("stage", "seconds", "tokens", "tokens/s", "peak so far", "attempts"), _costs(summary)
     )
     if rows < DEMONSTRATION_ROWS:
         parts += [
@@ -93,7 +94,7 @@ def _results(stages: dict[str, Any]) -> list[tuple[str, str]]:
             "held-out reward accuracy",
             lambda r: f"{r['heldout_after']['reward_accuracy']:.0%}",
         )
-    add("dpo", "KL to the untuned teacher, nats a token", lambda r: f"{r['kl']:.4f}")
+    add("dpo", "KL to the teacher before, last step, nats a token", lambda r: f"{r['kl']:.4f}")
     if "similarity" in stages:
         add(
             "similarity",
@@ -120,8 +121,7 @@ def _students(stages: dict[str, Any]) -> list[tuple[str, ...]]:
             (
                 label,
                 str(trained.get("rows", 0)),
-                f"{loss['loss']:.4f}",
-                f"{loss['standard_error']:.4f}",
+                with_error(loss, 4),
                 change,
             )
         )

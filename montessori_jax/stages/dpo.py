@@ -16,7 +16,7 @@ from montessori_jax.training.checkpoints import Checkpoints
 from montessori_jax.training.dpo import evaluate_dpo, train_dpo
 from montessori_jax.training.pairs import EncodedPair, fit_pair
 from montessori_jax.training.reference_log_probs import pair_log_probs, reference_log_probs
-from montessori_jax.work import Work
+from montessori_jax.work import CHECKPOINTS, Work
 
 
 def encode_pairs(
@@ -88,14 +88,13 @@ def dpo(
         pairs: a table of pairs, or the preferences stage's folder.
         settings: loss, optimizer and numerics.
         work: where to write.
-        heldout: pairs to measure on; by default the folder's ``heldout.parquet``, if any.
+        heldout: pairs to measure on; by default the folder's ``heldout``, if any.
     """
     folder = Path(pairs)
     if folder.is_dir():
-        heldout = heldout or (
-            str(folder / "heldout.parquet") if (folder / "heldout.parquet").exists() else None
-        )
-        pairs = str(folder / "pairs.parquet")
+        if heldout is None and (folder / "heldout").is_dir():
+            heldout = str(folder / "heldout")
+        pairs = str(folder / "pairs" if (folder / "pairs").is_dir() else folder)
     columns = ("prompt", "chosen", "rejected")
     chat = ChatFormat.of(teacher)
     training, skipped = encode_pairs(read_table(pairs, columns), chat, pairs)
@@ -130,11 +129,12 @@ def dpo(
             settings,
             reference=before,
             seed=work.seed,
-            checkpoints=Checkpoints(work.folder / "checkpoints", say=work.say),
+            checkpoints=Checkpoints(work.folder / CHECKPOINTS, say=work.say),
             metrics=record,
             progress=bar.reach,
             say=work.say,
             stop_requested=work.stop.requested,
+            consume=True,
         )
     result: dict[str, Any] = {
         "pairs": sum(fit_pair(pair, settings.max_length) is not None for pair in training),
@@ -160,7 +160,7 @@ def dpo(
         teacher.generation,
         card=_card(teacher, settings, result),
     )
-    remove_tree(work.folder / "checkpoints")
+    remove_tree(work.folder / CHECKPOINTS)
     return result
 
 

@@ -18,7 +18,7 @@ from montessori_jax.training.checkpoints import Checkpoints, Student, save_stude
 from montessori_jax.training.schedules import rate_table
 from montessori_jax.training.sft import train_sft
 from montessori_jax.training.state import TrainState
-from montessori_jax.work import Work
+from montessori_jax.work import CHECKPOINTS, Work
 
 
 def finetune(student: LoadedModel, data: str, settings: SftConfig, work: Work) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def finetune(student: LoadedModel, data: str, settings: SftConfig, work: Work) -
         student.generation,
         card=_card(student, data, settings, result),
     )
-    remove_tree(work.folder / "checkpoints")
+    remove_tree(work.folder / CHECKPOINTS)
     return result
 
 
@@ -50,7 +50,7 @@ def warm_up(student: LoadedModel, data: str, settings: WarmupConfig, work: Work)
             about={"model": student.name, "fingerprint": student.fingerprint},
         ),
     )
-    remove_tree(work.folder / "checkpoints")
+    remove_tree(work.folder / CHECKPOINTS)
     return {**result, "learning_rate": rate}
 
 
@@ -80,11 +80,12 @@ def _train(
             settings,
             seed=work.seed,
             fingerprint=student.fingerprint,
-            checkpoints=Checkpoints(work.folder / "checkpoints", say=work.say),
+            checkpoints=Checkpoints(work.folder / CHECKPOINTS, say=work.say),
             metrics=record,
             progress=bar.reach,
             say=work.say,
             stop_requested=work.stop.requested,
+            consume=True,
         )
     rows = metrics.read()
     return state, _result(encoded, rows), int(state.step)

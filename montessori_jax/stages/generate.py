@@ -78,39 +78,45 @@ def sample(
     seed: int,
     label: str,
     total: int,
+    parameters: int,
 ) -> dict[str, list[dict[str, Any]]]:
     """Completions by prompt id, journalled batch by batch; finished prompts are not asked again."""
-    done = {record["prompt_id"] for record in journal.records}
-    with work.bar(total, "text", label, done=len(journal.records)) as bar:
+    finished = [one for record in journal.records for one in record["completions"]]
+    done = {one["prompt_id"] for one in finished}
+    with work.bar(total, "text", label, done=len(finished)) as bar:
         batches = generator.generate(
             requests, settings, samples=samples, stop=stop, seed=seed, finished=done
         )
         lengths = {request.id: len(request.tokens) for request in requests}
         for batch in batches:
-            journal.append(
-                *(
-                    {
-                        "prompt_id": one.prompt_id,
-                        "index": one.index,
-                        # A stop string belongs to the answer that it ended.
-                        "text": one.text + one.stop,
-                        "finish": one.finish,
-                        "tokens": len(one.tokens),
-                    }
-                    for one in batch
-                )
-            )
+            # A batch is one line: a kill leaves all of it or nothing.
+            made = [
+                {
+                    "prompt_id": one.prompt_id,
+                    "index": one.index,
+                    # A stop string belongs to the answer that it ended.
+                    "text": one.text + one.stop,
+                    "finish": one.finish,
+                    "tokens": len(one.tokens),
+                }
+                for one in batch
+            ]
+            journal.append({"completions": made})
+            finished += made
+            prompted = sum(lengths[name] for name in {one.prompt_id for one in batch})
+            generated = sum(len(one.tokens) for one in batch)
             work.meter.count(
-                prompt_tokens=sum(lengths[name] for name in {one.prompt_id for one in batch}),
-                generated_tokens=sum(len(one.tokens) for one in batch),
+                flops=2.0 * parameters * (prompted + generated),
+                prompt_tokens=prompted,
+                generated_tokens=generated,
             )
             bar.update(len(batch))
             work.stop.check()
     asked = {request.id for request in requests}
     texts: dict[str, list[dict[str, Any]]] = {request.id: [] for request in requests}
-    for record in journal.records:
-        if record["prompt_id"] in asked:
-            texts[record["prompt_id"]].append(record)
+    for one in finished:
+        if one["prompt_id"] in asked:
+            texts[one["prompt_id"]].append(one)
     for records in texts.values():
         records.sort(key=lambda record: record["index"])
     return texts
@@ -140,6 +146,7 @@ def generate(
         task_text(r.instruction, r.input) for r in read_rows(seeds, need_response=False).require()
     ]
     chat = ChatFormat.of(teacher)
+    pool = _short_enough(pool, chat, teacher, settings, work)
     generator = JaxSampler(teacher.model, teacher.params, chat)
     key = {
         "teacher": teacher.fingerprint,
@@ -186,6 +193,7 @@ def generate(
             seed=derive_seed(work.seed, "instructions"),
             label="instructions",
             total=prompts * settings.samples,
+            parameters=teacher.model.parameter_count(),
         )
         for question in questions:
             for record in texts[question.id]:
@@ -219,7 +227,9 @@ def generate(
         )
     if not kept:
         raise UserError(f"no instruction was kept of {report.attempts}: {report.to_dict()}")
-    rows, unanswered = _respond(chat, generator, kept, responses, key, work)
+    rows, unanswered = _respond(
+        chat, generator, kept, responses, key, work, teacher.model.parameter_count()
+    )
     write_jsonl(work.file("prompts.jsonl"), [question.as_row() for question in asked])
     write_jsonl(work.file("dropped.jsonl"), [*dropped, *unanswered])
     result = {
@@ -250,6 +260,22 @@ def generate(
     return result
 
 
+def _short_enough(
+    pool: list[str],
+    chat: ChatFormat,
+    teacher: LoadedModel,
+    settings: GenerationConfig,
+    work: Work,
+) -> list[str]:
+    """Seeds of which a prompt full still leaves room for the answer; the others are reported."""
+    room = teacher.model.config.max_position_embeddings - settings.max_tokens
+    share = room // (settings.seed_exemplars + settings.generated_exemplars + 2)
+    short = [text for text in pool if len(chat.encode_text(text)) <= share]
+    if len(short) < len(pool):
+        work.say(f"{len(pool) - len(short)} seeds of over {share} tokens are left out as exemplars")
+    return short
+
+
 def _respond(
     chat: ChatFormat,
     generator: Generator,
@@ -257,6 +283,7 @@ def _respond(
     settings: ResponseConfig,
     key: dict[str, Any],
     work: Work,
+    parameters: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows with a response, and the rows whose response was empty, with the cause."""
     journal = Journal(work.file("responses.jsonl"), {**key, "responses": as_dict(settings)})
@@ -279,6 +306,7 @@ def _respond(
         seed=derive_seed(work.seed, "responses"),
         label="responses",
         total=len(kept),
+        parameters=parameters,
     )
     rows, unanswered = [], []
     for row in kept:

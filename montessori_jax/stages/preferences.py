@@ -1,6 +1,6 @@
 """Stage: scored candidates -> preference pairs, some held out, with what the teacher was asked.
 
-Writes ``pairs.parquet`` and, where pairs are held out, ``heldout.parquet``.
+Writes the data set ``pairs`` and, where pairs are held out, ``heldout``, each with its card.
 """
 
 import json
@@ -9,9 +9,10 @@ from typing import Any
 
 from montessori_jax.config import PreferencesConfig
 from montessori_jax.data.tables import read_table
-from montessori_jax.data.writing import write_parquet
+from montessori_jax.data.writing import DatasetCard, write_dataset_card
 from montessori_jax.errors import UserError
-from montessori_jax.preferences import Pair, Scored, build_pairs, hold_out
+from montessori_jax.preferences import Pair, PairReport, Scored, build_pairs, hold_out
+from montessori_jax.runs import remove_tree
 from montessori_jax.work import Work
 
 COLUMNS = {
@@ -75,9 +76,12 @@ def preferences(
             f"preferences.rule={other}, or more candidates a prompt (generation.samples)"
         )
     training, heldout = hold_out(pairs, settings.heldout_fraction, work.seed)
-    write_parquet(work.file("pairs.parquet"), [_row(pair, asked) for pair in training])
-    if heldout:
-        write_parquet(work.file("heldout.parquet"), [_row(pair, asked) for pair in heldout])
+    for name, members in (("pairs", training), ("heldout", heldout)):
+        # What an earlier run held out must not be measured on once it is trained on.
+        remove_tree(work.folder / name)
+        if members:
+            card = _card(name, settings, report, work.seed)
+            write_dataset_card(work.folder / name, [_row(pair, asked) for pair in members], card)
     return {
         "rule": report.rule,
         "prompts": report.prompts,
@@ -89,6 +93,19 @@ def preferences(
         "unscored": unscored,
         "mean_gap": sum(pair.gap for pair in pairs) / len(pairs),
     }
+
+
+def _card(name: str, settings: PreferencesConfig, report: PairReport, seed: int) -> DatasetCard:
+    use = "to train the teacher on" if name == "pairs" else "held out from training"
+    return DatasetCard(
+        title=f"Preference pairs, {use}",
+        description="Two texts that a teacher wrote for one prompt; the chosen one has the larger "
+        "local data influence on a student.",
+        columns=COLUMNS,
+        made=(f"candidates of one prompt paired by the rule '{settings.rule}'",),
+        counts={"prompts": report.prompts, "pairs of all prompts": report.pairs},
+        seed=seed,
+    )
 
 
 def _row(pair: Pair, asked: dict[str, dict[str, Any]]) -> dict[str, Any]:

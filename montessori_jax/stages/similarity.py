@@ -11,7 +11,7 @@ from montessori_jax.work import Work
 
 def _texts(folder: Path) -> dict[tuple[str, int], str]:
     lines = (folder / "instructions.jsonl").read_text(encoding="utf-8").splitlines()[1:]
-    records = [json.loads(line) for line in lines]
+    records = [one for line in lines for one in json.loads(line)["completions"]]
     return {(one["prompt_id"], one["index"]): one["text"] for one in records}
 
 

@@ -39,6 +39,7 @@ def train_dpo(
     progress: Callable[[int, int], None] = nothing,
     say: Callable[[str], None] = nothing,
     stop_requested: Callable[[], bool] = lambda: False,
+    consume: bool = False,
 ) -> TrainState:
     """Train the policy on ``pairs``; every step takes ``batch_size`` of them, a row each.
 
@@ -57,6 +58,7 @@ def train_dpo(
         progress: given ``(steps done, steps in all)``.
         say: given one-line messages for people.
         stop_requested: asked after every step.
+        consume: free ``params`` once they are copied: the caller does not need them again.
 
     Returns:
         The state after the last step.
@@ -100,7 +102,7 @@ def train_dpo(
         settings=settings,
     )
     around = Surroundings(checkpoints, metrics, progress, say, stop_requested)
-    return run_steps(lambda: start(params, tx), run, around)
+    return run_steps(lambda: start(params, tx), run, around, params if consume else None)
 
 
 def evaluate_dpo(

@@ -67,11 +67,15 @@ class Run:
     settings: TrainingConfig
 
 
-def run_steps(begin: Callable[[], TrainState], run: Run, around: Surroundings) -> TrainState:
+def run_steps(
+    begin: Callable[[], TrainState], run: Run, around: Surroundings, release: Any = None
+) -> TrainState:
     """Go on from the newest checkpoint, or from ``begin()``, to the last step.
 
     The state is always a function of ``begin()``, the batches and the step alone: a run that was
     stopped or killed ends with the same bits as one that was not.
+
+    ``release`` are arrays that nobody needs once the state is there; their memory is freed.
 
     Raises:
         Interrupted: a stop was asked for; the state is saved first, if there are checkpoints.
@@ -83,7 +87,10 @@ def run_steps(begin: Callable[[], TrainState], run: Run, around: Surroundings) -
         state = checkpoints.restore(jax.eval_shape(begin), run.identity)
         if state is not None:
             around.say(f"going on from step {int(state.step)} of {run.steps}")
-    state = begin() if state is None else state
+    state = jax.block_until_ready(begin()) if state is None else state
+    for leaf in jax.tree.leaves(release):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
     compiled = jax.jit(run.step, donate_argnums=0)
     programs: dict[Any, Callable[[TrainState, Any], tuple[TrainState, Metrics]]] = {}
     tokens, seconds = 0, 0.0

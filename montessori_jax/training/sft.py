@@ -30,6 +30,7 @@ def train_sft(
     progress: Callable[[int, int], None] = nothing,
     say: Callable[[str], None] = nothing,
     stop_requested: Callable[[], bool] = lambda: False,
+    consume: bool = False,
 ) -> TrainState:
     """Train on ``chats`` with the mean loss over each step's response tokens.
 
@@ -50,6 +51,7 @@ def train_sft(
         progress: given ``(steps done, steps in all)``.
         say: given one-line messages for people.
         stop_requested: asked after every step.
+        consume: free ``params`` once they are copied: the caller does not need them again.
 
     Returns:
         The state after the last step.
@@ -88,4 +90,4 @@ def train_sft(
         settings=settings,
     )
     around = Surroundings(checkpoints, metrics, progress, say, stop_requested)
-    return run_steps(lambda: start(params, tx), run, around)
+    return run_steps(lambda: start(params, tx), run, around, params if consume else None)

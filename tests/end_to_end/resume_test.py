@@ -89,13 +89,13 @@ def lines(path: Path) -> int:
 
 # Where a kill strikes: as soon as this file of the run has so many lines (or is there).
 STRIKES = {
-    "generation": ("iteration-1/generate/instructions.jsonl", 4),
+    "generation": ("iteration-1/generate/instructions.jsonl", 3),
     "responses": ("iteration-1/generate/responses.jsonl", 2),
     "warm-up": ("iteration-1/warmup/metrics.jsonl", 1),
     "influence": ("iteration-1/influence/chunks.jsonl", 2),
     "dpo": ("iteration-1/dpo/metrics.jsonl", 2),
     "export": ("iteration-1/dpo/teacher/config.json", 1),
-    "synthesis": ("iteration-1/synthesise-tuned/instructions.jsonl", 3),
+    "synthesis": ("iteration-1/synthesise-tuned/instructions.jsonl", 2),
     "training": ("iteration-1/train-tuned/metrics.jsonl", 1),
 }
 
