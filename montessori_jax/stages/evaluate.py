@@ -20,7 +20,7 @@ def evaluate(
     *,
     num_heldout: int | None,
 ) -> dict[str, Any]:
-    """Run every evaluation of ``settings.evaluations`` on the first ``num_heldout`` usable rows (None: all)."""
+    """Run ``settings.evaluations`` on the first ``num_heldout`` usable rows (None: all)."""
     chat = ChatFormat.of(student)
     encoded = encode_rows(read_rows(heldout), chat, settings.max_length, limit=num_heldout)
     result: dict[str, Any] = {"student": student.name, "skipped": encoded.causes()}
