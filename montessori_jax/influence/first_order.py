@@ -32,8 +32,22 @@ class Products(NamedTuple):
 
 def dot_by_leaf(first: Params, second: Params) -> list[Float[Array, ""]]:
     """``sum_j first_j second_j`` of each leaf; the caller adds them up in float64."""
-    products = jax.tree.map(lambda a, b: jnp.sum(a * b), first, second)
-    return jax.tree.leaves(products)
+    return jax.tree.leaves(jax.tree.map(_dot, first, second))
+
+
+def _dot(a: Array, b: Array) -> Float[Array, ""]:
+    # In two or more pieces, for the sake of the loop: XLA's CPU compiler would fuse the sum with
+    # the update before it and then fill arrays of a leaf's size with the optimizer's constants
+    # (1.9 GB instead of 0.6 at 135M parameters).
+    rows = a.shape[0] if a.ndim > 1 else 1
+    pieces = next((n for n in range(2, 65) if rows % n == 0), 1)
+    if pieces == 1:
+        return jnp.sum(a * b)
+
+    def split(leaf: Array) -> Array:
+        return leaf.reshape(pieces, rows // pieces, *leaf.shape[1:])
+
+    return jnp.sum(jax.lax.map(lambda pair: jnp.sum(pair[0] * pair[1]), (split(a), split(b))))
 
 
 @partial(jax.jit, static_argnames=("candidate_loss", "tx", "gradient_scale"))
