@@ -21,16 +21,7 @@ class Phases(NamedTuple):
 
 
 def phases(settings: OptimizerConfig, steps: int) -> Phases:
-    """Split ``steps``: ``ceil(ratio * steps)`` for the warm-up, then for the decay what is left.
-
-    Raises:
-        UserError: the two ratios add up to more than 1.
-    """
-    if settings.warmup_ratio + settings.decay_ratio > 1 + 1e-9:
-        raise UserError(
-            f"warmup_ratio {settings.warmup_ratio} and decay_ratio {settings.decay_ratio} add up "
-            "to more than 1: lower one of them"
-        )
+    """Split ``steps``: ``ceil(ratio * steps)`` for the warm-up, then for the decay what is left."""
     # Rounded first: 0.1 * 70 is 7.000000000000001 in binary, which is no reason for an 8th step.
     warmup = min(steps, math.ceil(round(settings.warmup_ratio * steps, 6)))
     decay = min(steps - warmup, math.ceil(round(settings.decay_ratio * steps, 6)))
@@ -50,7 +41,7 @@ def wsd(settings: OptimizerConfig, steps: int) -> optax.Schedule:
         A function of an integer step, float32 (float64 under x64), usable inside jit.
 
     Raises:
-        UserError: ratios that add up to more than 1, or a final rate above the peak.
+        UserError: a final rate above the peak.
     """
     peak, final = settings.learning_rate, settings.final_learning_rate
     warmup, stable, decay = phases(settings, steps)
