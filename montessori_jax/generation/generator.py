@@ -2,9 +2,10 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from montessori_jax.config import SamplingConfig
+from montessori_jax.generation.endings import Finish
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Completion:
     index: int
     tokens: tuple[int, ...]
     text: str
-    finish: Literal["end", "stop", "length"]
+    finish: Finish
     stop: str = ""
 
 

@@ -6,7 +6,7 @@ so a stage that was interrupted goes on with the same batches and writes the sam
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import NamedTuple
 
@@ -19,141 +19,169 @@ from montessori_jax.config import SamplingConfig
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.packing import shared_buckets
 from montessori_jax.errors import UserError
+from montessori_jax.generation.endings import Ending, find_ending
 from montessori_jax.generation.generator import Completion, PromptRequest
-from montessori_jax.generation.sampling import draw, penalise, uses_penalties
-from montessori_jax.models import KeyValue, Model, Params
+from montessori_jax.generation.sampling import (
+    TokenCounts,
+    count_tokens,
+    draw,
+    penalise,
+    sample_keys,
+    start_counts,
+)
+from montessori_jax.models import Model, Params
+from montessori_jax.models.inference import Cache, decode, empty_cache, logits, prefill, unstack
 
-# Decode steps between two looks at the text; a look costs a millisecond or two.
+# Decode steps between two looks at the text. A look costs a few milliseconds, a row that is
+# finished half a chunk of steps on average.
 CHUNK = 16
+# Slots that a cache of generated tokens starts with; it doubles when they are filled.
+FIRST_SLOTS = 128
+
+
+class Batch(NamedTuple):
+    """What stays as it is while a batch is decoded."""
+
+    prompt: Cache
+    lengths: Array  # [prompts] int32
+    keys: Array  # [rows] typed keys
 
 
 class State(NamedTuple):
-    """A batch in progress. Leading axes are ``[prompts, samples]``, except in ``own``."""
+    """A batch in progress; rows are ordered by prompt, then sample."""
 
-    step: Array  # tokens written so far
-    logits: Array  # [prompts, samples, vocab] float32: what the next token is drawn from
-    finished: Array  # bool
-    tokens: Array  # [prompts, samples, slots] int32
-    own: KeyValue  # [layers, prompts, samples, slots, kv_heads, head_dim]
-    counts: Array | None  # [prompts, samples, vocab] int32, where a penalty needs it
-
-
-class Prompts(NamedTuple):
-    """What the samples of a batch share."""
-
-    cache: KeyValue
-    lengths: Array
-    keys: Array  # [prompts, samples] typed keys
-    contains: Array | None  # [prompts, vocab] bool, where a penalty needs it
+    written: Array  # tokens of each row so far, at least 1
+    tokens: Array  # [rows, max_tokens] int32
+    finished: Array  # [rows] bool
+    finite: Array  # bool: every logit so far was a number
+    counts: TokenCounts
+    own: Cache  # keys and values of all tokens written but the last
 
 
-@partial(jax.jit, static_argnames=("model", "settings", "samples"))
-def _prefill(
+@partial(jax.jit, static_argnames=("model", "settings", "stop_ids", "samples"))
+def _begin(
     model: Model,
-    params: Params,
+    weights: Params,
     tokens: Array,
     lengths: Array,
-    rows: Array,
+    numbers: Array,
     seed: Array,
-    active: Array,
+    idle: Array,
+    *,
     settings: SamplingConfig,
+    stop_ids: tuple[int, ...],
     samples: int,
-) -> tuple[Prompts, State]:
-    dtype = jnp.dtype(settings.dtype)
-    hidden, cache = model.prefill(params, tokens, lengths, dtype=dtype)
-    logits = _logits(model, params, hidden)
-    config, prompts = model.config, tokens.shape[0]
-    root = jax.random.key(seed)
-    fold = jax.random.fold_in
-    keys = jax.vmap(
-        lambda row: jax.vmap(lambda sample: fold(fold(root, row), sample))(jnp.arange(samples))
-    )(rows)
-    slots = settings.max_tokens
-    shape = (config.num_layers, prompts, samples, slots, config.num_kv_heads, config.head_dim)
-    contains = counts = None
-    if uses_penalties(settings):
-        real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-        place = jnp.where(real, tokens, config.vocab_size)
-        empty = jnp.zeros((prompts, config.vocab_size), bool)
-        contains = empty.at[jnp.arange(prompts)[:, None], place].set(True, mode="drop")
-        counts = jnp.zeros((prompts, samples, config.vocab_size), jnp.int32)
+) -> tuple[Batch, State]:
+    """Prefill and the first token of each sample; ``idle`` prompts only fill up the batch."""
+    hidden, prompt = prefill(model, weights, tokens, lengths)
+    first = jnp.repeat(logits(model, weights, hidden), samples, axis=0)
+    prompts, rows = tokens.shape[0], tokens.shape[0] * samples
+    batch = Batch(prompt, lengths, sample_keys(seed, numbers, samples))
+    slots = _slots(1, settings.max_tokens)
     state = State(
-        step=jnp.int32(0),
-        logits=jnp.repeat(logits[:, None], samples, axis=1),
-        finished=jnp.repeat(~active[:, None], samples, axis=1),
-        tokens=jnp.zeros((prompts, samples, slots), jnp.int32),
-        own=KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
-        counts=counts,
+        written=jnp.int32(0),
+        tokens=jnp.zeros((rows, settings.max_tokens), jnp.int32),
+        finished=jnp.repeat(idle, samples),
+        finite=jnp.bool_(True),
+        counts=start_counts(settings, tokens, lengths, samples, model.config.vocab_size),
+        own=empty_cache(model, prompts, samples, slots, hidden.dtype),
     )
-    return Prompts(cache, lengths, keys, contains), state
+    return batch, _write(first, batch, state, settings, stop_ids)
 
 
-def _logits(model: Model, params: Params, hidden: Array) -> Array:
-    head = model.head(params).astype(hidden.dtype)
-    return jnp.dot(hidden, head, preferred_element_type=jnp.float32)
-
-
-@partial(jax.jit, static_argnames=("model", "settings", "stop_ids"), donate_argnames=("state",))
-def _decode(
+@partial(
+    jax.jit,
+    static_argnames=("model", "settings", "stop_ids"),
+    donate_argnames=("state",),
+)
+def _continue(
     model: Model,
-    params: Params,
-    prompts: Prompts,
+    weights: Params,
+    batch: Batch,
     state: State,
+    finished: Array,
     until: Array,
+    *,
     settings: SamplingConfig,
     stop_ids: tuple[int, ...],
 ) -> State:
-    """Write tokens until step ``until``, or until all rows are finished."""
-    dtype = jnp.dtype(settings.dtype)
-    count, samples, vocab = state.logits.shape
+    """Write tokens until there are ``until``, or until all rows are finished."""
+    prompts = batch.lengths.shape[0]
+    state = state._replace(finished=state.finished | finished)
 
     def going(state: State) -> Array:
-        return (state.step < until) & ~jnp.all(state.finished)
+        return (state.written < until) & ~jnp.all(state.finished)
 
-    def one(state: State) -> State:
-        logits, counts = state.logits.reshape(-1, vocab), state.counts
-        if counts is not None and prompts.contains is not None:
-            seen = jnp.repeat(prompts.contains, samples, axis=0)
-            logits = penalise(logits, counts.reshape(-1, vocab), seen, settings)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(prompts.keys.reshape(-1), state.step)
-        new = draw(logits, keys, settings).reshape(count, samples)
-        new = jnp.where(state.finished, 0, new)
-        if counts is not None:
-            at = jnp.arange(count)[:, None], jnp.arange(samples)[None, :], new
-            counts = counts.at[at].add(jnp.where(state.finished, 0, 1))
-        ended = jnp.isin(new, jnp.asarray(stop_ids, jnp.int32))
-        hidden, cache = model.decode(
-            params, new, state.step, prompts.cache, prompts.lengths, state.own, dtype=dtype
+    def step(state: State) -> State:
+        newest = jax.lax.dynamic_index_in_dim(state.tokens, state.written - 1, 1, keepdims=False)
+        hidden, own = decode(
+            model,
+            weights,
+            newest.reshape(prompts, -1),
+            state.written - 1,
+            batch.prompt,
+            batch.lengths,
+            state.own,
         )
-        insert = jax.lax.dynamic_update_index_in_dim
-        return State(
-            step=state.step + 1,
-            logits=_logits(model, params, hidden),
-            finished=state.finished | ended,
-            tokens=insert(state.tokens, new, state.step, axis=2),
-            own=KeyValue(
-                insert(state.own.key, cache.key, state.step, axis=3),
-                insert(state.own.value, cache.value, state.step, axis=3),
-            ),
-            counts=counts,
-        )
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        state = state._replace(own=own)
+        return _write(logits(model, weights, rows), batch, state, settings, stop_ids)
 
-    return jax.lax.while_loop(going, one, state)
+    return jax.lax.while_loop(going, step, state)
+
+
+def _write(
+    scores: Array, batch: Batch, state: State, settings: SamplingConfig, stop_ids: tuple[int, ...]
+) -> State:
+    """Draw a token a row from float32 logits ``[rows, vocab]`` and put it behind the others."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(batch.keys, state.written)
+    new = draw(penalise(scores, state.counts, settings), keys, settings)
+    ended = jnp.any(new[:, None] == jnp.asarray(stop_ids, jnp.int32)[None, :], axis=-1)
+    return state._replace(
+        written=state.written + 1,
+        tokens=jax.lax.dynamic_update_index_in_dim(state.tokens, new, state.written, axis=1),
+        finished=state.finished | ended,
+        finite=state.finite & jnp.all(jnp.isfinite(scores)),
+        counts=count_tokens(state.counts, new),
+    )
+
+
+def _slots(count: int, max_tokens: int) -> int:
+    """Slots of the cache while there are up to ``count`` tokens (the last needs none yet)."""
+    slots = FIRST_SLOTS
+    while slots < count - 1:
+        slots *= 2
+    return max(1, min(slots, max_tokens - 1))
+
+
+@partial(jax.jit, static_argnames="slots")
+def _enlarge(own: Cache, slots: int) -> Cache:
+    def longer(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0),) * 3 + ((0, slots - x.shape[3]), (0, 0)))
+
+    return jax.tree.map(longer, own)
 
 
 @dataclass(frozen=True)
 class JaxSampler:
     """A `Generator` on this process's default device.
 
+    What a completion's text depends on is in `Generator.generate`. Whole numbers and keys come
+    from the request alone; float32 sums may be rounded differently in a batch padded to another
+    length, which shows only where two tokens tie to within that rounding.
+
     Attributes:
         model: the decoder.
-        params: its parameters.
+        params: its parameters; a copy laid out for decoding is made on first use and kept.
         chat: decodes ids, and knows which of them end a turn.
+        programs: what was compiled so far, as ``(name, shapes)``.
     """
 
     model: Model
     params: Params
     chat: ChatFormat
+    programs: set[tuple[object, ...]] = field(default_factory=set, compare=False, repr=False)
+    _weights: dict[str, Params] = field(default_factory=dict, compare=False, repr=False)
 
     def generate(
         self,
@@ -168,7 +196,8 @@ class JaxSampler:
         """See `Generator.generate`.
 
         Raises:
-            UserError: a prompt and ``settings.max_tokens`` together exceed the model's positions.
+            UserError: a prompt is empty, or exceeds the model's positions together with
+                ``settings.max_tokens``; or the model's logits are not numbers.
         """
         self._check(requests, settings)
         for length, batch in plan(requests, settings.prompts_per_batch):
@@ -180,6 +209,8 @@ class JaxSampler:
     def _check(self, requests: Sequence[PromptRequest], settings: SamplingConfig) -> None:
         limit = self.model.config.max_position_embeddings
         for request in requests:
+            if not request.tokens:
+                raise UserError(f"prompt {request.id} is empty: give it at least one token")
             if len(request.tokens) + settings.max_tokens > limit:
                 raise UserError(
                     f"prompt {request.id} has {len(request.tokens)} tokens, and with max_tokens "
@@ -189,98 +220,110 @@ class JaxSampler:
 
     def _run(
         self,
-        batch: Sequence[PromptRequest],
+        requests: Sequence[PromptRequest],
         length: int,
         settings: SamplingConfig,
         samples: int,
         stop: tuple[str, ...],
         seed: int,
     ) -> list[Completion]:
-        count = settings.prompts_per_batch
-        tokens = np.zeros((count, length), np.int32)
-        lengths, rows = np.ones(count, np.int32), np.zeros(count, np.int32)
-        active = np.arange(count) < len(batch)
-        for place, request in enumerate(batch):
+        prompts = settings.prompts_per_batch
+        tokens = np.zeros((prompts, length), np.int32)
+        lengths, numbers = np.ones(prompts, np.int32), np.zeros(prompts, np.uint32)
+        for place, request in enumerate(requests):
             tokens[place, : len(request.tokens)] = request.tokens
-            lengths[place], rows[place] = len(request.tokens), request.row
-        prompts, state = _prefill(
+            lengths[place], numbers[place] = len(request.tokens), request.row
+        idle = np.arange(prompts) >= len(requests)
+        shape = (prompts, samples, length)
+        static = {"settings": _drawing(settings), "stop_ids": self.chat.stop_ids}
+        weights = self._laid_out(settings.dtype)
+        self.programs.add(("begin", *shape, *static.values()))
+        batch, state = _begin(
             self.model,
-            self.params,
-            tokens,
-            lengths,
-            rows,
-            np.uint32(seed),
-            active,
-            settings,
-            samples,
+            weights,
+            *jax.device_put((tokens, lengths, numbers, np.uint32(seed), idle)),
+            samples=samples,
+            **static,
         )
-        stopped: dict[tuple[int, int], tuple[int, str, str]] = {}
-        step = 0
-        while step < settings.max_tokens:
-            until = np.int32(min(step + CHUNK, settings.max_tokens))
-            state = _decode(
-                self.model, self.params, prompts, state, until, settings, self.chat.stop_ids
-            )
-            step = int(state.step)
-            written, done = np.array(state.tokens), np.array(state.finished)
-            for place, sample in zip(*np.nonzero(~done[: len(batch)]), strict=True):
-                found = self._find_stop(written[place, sample, :step], stop)
-                if found is not None:
-                    stopped[place, sample] = found
-                    done[place, sample] = True
-            if done.all():
+        endings: dict[int, Ending] = {}
+        count = 1
+        while True:
+            self._look(state, requests, samples, settings, stop, endings)
+            if len(endings) == len(requests) * samples:
                 break
-            if stop:
-                state = state._replace(finished=jnp.asarray(done))
-        written = np.array(state.tokens)
-        return [
-            self._completion(
-                request, sample, written[place, sample, :step], stopped.get((place, sample)), stop
+            finished = np.repeat(idle, samples)
+            finished[list(endings)] = True
+            until = min(count + CHUNK - count % CHUNK, settings.max_tokens)
+            slots = _slots(until, settings.max_tokens)
+            if slots > _slots(count, settings.max_tokens):
+                state = state._replace(own=_enlarge(state.own, slots))
+            self.programs.add(("continue", *shape, slots, *static.values()))
+            state = _continue(
+                self.model,
+                weights,
+                batch,
+                state,
+                *jax.device_put((finished, np.int32(until))),
+                **static,
             )
-            for place, request in enumerate(batch)
+            count = until
+        written = jax.device_get(state.tokens)
+        return [
+            Completion(
+                prompt_id=request.id,
+                index=sample,
+                tokens=tuple(written[row, : endings[row].used].tolist()),
+                text=endings[row].text,
+                finish=endings[row].finish,
+                stop=endings[row].stop,
+            )
+            for place, request in enumerate(requests)
             for sample in range(samples)
+            for row in (place * samples + sample,)
         ]
 
-    def _find_stop(self, ids: np.ndarray, stop: tuple[str, ...]) -> tuple[int, str, str] | None:
-        """``(tokens, text before it, stop string)`` of the earliest stop string, if any."""
-        if not any(name in (text := self.chat.decode(ids)) for name in stop):
-            return None
-        place, name = min((text.find(name), name) for name in stop if name in text)
-        # The fewest tokens whose text has all of the stop string.
-        low, high = 1, len(ids)
-        while low < high:
-            middle = (low + high) // 2
-            if name in self.chat.decode(ids[:middle]):
-                high = middle
-            else:
-                low = middle + 1
-        return low, text[:place], name
-
-    def _completion(
+    def _look(
         self,
-        request: PromptRequest,
-        sample: int,
-        ids: np.ndarray,
-        stopped: tuple[int, str, str] | None,
+        state: State,
+        requests: Sequence[PromptRequest],
+        samples: int,
+        settings: SamplingConfig,
         stop: tuple[str, ...],
-    ) -> Completion:
-        ends = np.nonzero(np.isin(ids, self.chat.stop_ids))[0]
-        if stopped is None:
-            # The turn may have ended in the chunk in which a stop string was written.
-            stopped = self._find_stop(ids[: ends[0]] if len(ends) else ids, stop)
-        if stopped is not None:
-            used, text, name = stopped
-            return Completion(request.id, sample, tuple(map(int, ids[:used])), text, "stop", name)
-        if len(ends):
-            used = int(ends[0])
-            return Completion(
-                request.id,
-                sample,
-                tuple(map(int, ids[: used + 1])),
-                self.chat.decode(ids[:used]),
-                "end",
+        endings: dict[int, Ending],
+    ) -> None:
+        """Add the rows that have ended since the last look to ``endings``."""
+        count, tokens, finished, finite = jax.device_get(
+            (state.written, state.tokens, state.finished, state.finite)
+        )
+        if not finite:
+            raise UserError(
+                f"the model's logits for prompts {requests[0].id} to {requests[-1].id} are not "
+                "finite: its weights are broken; train with a lower learning rate"
             )
-        return Completion(request.id, sample, tuple(map(int, ids)), self.chat.decode(ids), "length")
+        for row in range(len(requests) * samples):
+            if row in endings or not (stop or finished[row] or count >= settings.max_tokens):
+                continue
+            ending = find_ending(
+                tokens[row, :count].tolist(),
+                self.chat.decode,
+                stop_ids=self.chat.stop_ids,
+                stop=stop,
+                limit=settings.max_tokens,
+            )
+            if ending is not None:
+                endings[row] = ending
+
+    def _laid_out(self, dtype: str) -> Params:
+        if dtype not in self._weights:
+            self._weights.clear()
+            self._weights[dtype] = unstack(self.model, self.params, jnp.dtype(dtype))
+        return self._weights[dtype]
+
+
+def _drawing(settings: SamplingConfig) -> SamplingConfig:
+    """The settings that programs depend on: stages with other settings beside share them."""
+    shared = {one.name: getattr(settings, one.name) for one in fields(SamplingConfig)}
+    return SamplingConfig(**{**shared, "prompts_per_batch": 1})
 
 
 def plan(

@@ -1,204 +1,390 @@
-import dataclasses
+"""The sampler against transformers, against a plain loop, and against its own promises."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from montessori_jax.config import SamplingConfig
+from montessori_jax.config import GenerationConfig, SamplingConfig
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.rows import read_rows
 from montessori_jax.errors import UserError
-from montessori_jax.generation.generator import PromptRequest
-from montessori_jax.generation.sampler import JaxSampler, plan
-from montessori_jax.models import Model, ModelConfig
-from tests.tiny_world import tiny_tokenizer
+from montessori_jax.generation.generator import Completion, Generator, PromptRequest
+from montessori_jax.generation.sampler import JaxSampler
+from montessori_jax.generation.sampling import draw
+from montessori_jax.models.folder import load_folder
+from montessori_jax.models.loaded import LoadedModel
+from tests.generation.sampling_test import by_vllm_definition
+from tests.models.tiny import CONFIG, torch_model, write_folder
 
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=2000,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=256,
-    initializer_range=0.2,
-)
+LENGTHS = [5, 16, 9, 24, 21, 12, 30]
+TEXT = SamplingConfig(max_tokens=12, prompts_per_batch=3, top_p=0.9, presence_penalty=0.5)
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    rows = read_rows("package:seeds").rows
-    tokenizer = tiny_tokenizer([f"{row.instruction} {row.response}" for row in rows])
-    model = Model(dataclasses.replace(CONFIG, vocab_size=len(tokenizer)))
-    return JaxSampler(model, model.init(jax.random.key(3)), ChatFormat(tokenizer))
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    config = CONFIG | {"max_position_embeddings": 400, "tie_word_embeddings": True}
+    return load_folder(write_folder(tmp_path_factory.mktemp("tiny"), config), name="tiny")
 
 
-@pytest.fixture(scope="module")
-def requests(tiny):
-    rows = read_rows("package:seeds").rows[:7]
+def sampler(loaded: LoadedModel) -> JaxSampler:
+    return JaxSampler(loaded.model, loaded.params, ChatFormat.of(loaded))
+
+
+def requests(lengths: Sequence[int] = LENGTHS, vocab: int = 61) -> list[PromptRequest]:
+    rng = np.random.default_rng(3)
     return [
-        PromptRequest(f"p{i}", tuple(tiny.chat.encode_prompt(row.prompt())), i)
-        for i, row in enumerate(rows)
+        PromptRequest(f"p{i}", tuple(rng.integers(3, vocab, size).tolist()), 100 + i)
+        for i, size in enumerate(lengths)
     ]
 
 
-SETTINGS = SamplingConfig(
-    max_tokens=20, prompts_per_batch=3, top_p=0.95, presence_penalty=0.5, repetition_penalty=1.1
-)
-
-
-def generate(sampler, requests, settings=SETTINGS, samples=2, stop=(), seed=5, finished=()):
-    batches = sampler.generate(
-        requests, settings, samples=samples, stop=stop, seed=seed, finished=finished
-    )
-    return {(one.prompt_id, one.index): one for batch in batches for one in batch}
-
-
-def test_every_prompt_gets_its_samples_and_they_differ(tiny, requests):
-    made = generate(tiny, requests)
-    assert set(made) == {(f"p{i}", j) for i in range(7) for j in range(2)}
-    assert len({one.tokens for one in made.values()}) == len(made)
-    assert all(1 <= len(one.tokens) <= 20 for one in made.values())
-
-
-def test_the_same_again_and_another_seed_is_another_text(tiny, requests):
-    first = generate(tiny, requests)
-    assert generate(tiny, requests) == first
-    other = generate(tiny, requests, seed=6)
-    assert all(other[key].tokens != first[key].tokens for key in first)
-
-
-def test_a_row_depends_neither_on_its_neighbours_nor_on_an_interruption(tiny, requests):
-    whole = generate(tiny, requests)
-    resumed = generate(tiny, requests, finished={"p0", "p2", "p5"})
-    assert set(resumed) == {key for key in whole if key[0] not in ("p0", "p2", "p5")}
-    assert all(resumed[key] == whole[key] for key in resumed)
-    alone = generate(tiny, [requests[4]])
-    assert all(alone[key] == whole[key] for key in alone)
-    reverse = generate(tiny, requests[::-1])
-    assert reverse == whole
-
-
-def test_text_ends_before_the_stop_string_wherever_tokens_fall(tiny, requests):
-    free = generate(tiny, requests)
-    key, text = next((k, one.text) for k, one in free.items() if len(one.text) > 12)
-    stop = text[5:9]
-    stopped = generate(tiny, requests, stop=(stop,))[key]
-    assert stopped.finish == "stop"
-    assert stopped.stop == stop
-    assert stopped.text == text[: text.index(stop)]
-    assert stop in tiny.chat.decode(stopped.tokens)
-    assert stop not in tiny.chat.decode(stopped.tokens[:-1])
-    assert stopped.tokens == free[key].tokens[: len(stopped.tokens)]
-
-
-def test_the_end_of_the_turn_ends_the_text(tiny, requests):
-    free = generate(tiny, requests)
-    key, one = next((k, c) for k, c in free.items() if len(c.tokens) > 6)
-    chat = tiny.chat
-
-    class Ends(type(chat)):
-        stop_ids = (one.tokens[5],)
-
-    ending = Ends(chat.tokenizer)
-    ended = generate(dataclasses.replace(tiny, chat=ending), requests)[key]
-    first = one.tokens.index(one.tokens[5])
-    assert ended.finish == "end"
-    assert ended.tokens == one.tokens[: first + 1]
-    assert ended.text == chat.decode(one.tokens[:first])
-
-
-def test_a_prompt_without_room_is_named(tiny, requests):
-    long = PromptRequest("long", tuple(range(3, 250)), 9)
-    with pytest.raises(UserError, match="prompt long has 247 tokens"):
-        generate(tiny, [*requests, long])
-
-
-def test_batches_are_planned_over_all_requests_and_in_few_lengths():
-    sizes = [10, 20, 100, 14, 90, 30]
-    requests = [PromptRequest(str(i), (1,) * size, i) for i, size in enumerate(sizes)]
-    planned = plan(requests, 2)
-    assert [(length, [one.id for one in batch]) for length, batch in planned] == [
-        (16, ["0", "3"]),
-        (32, ["1", "5"]),
-        (128, ["2", "4"]),
+def run(
+    generator: JaxSampler,
+    asked: Sequence[PromptRequest],
+    settings: SamplingConfig,
+    samples: int = 2,
+    **options,
+) -> dict[tuple[str, int], Completion]:
+    options = {"seed": 0, "stop": ()} | options
+    made = [
+        one
+        for batch in generator.generate(asked, settings, samples=samples, **options)
+        for one in batch
     ]
+    found = {(one.prompt_id, one.index): one for one in made}
+    assert len(found) == len(made)
+    return found
 
 
-def test_penalties_see_the_prompt_and_what_was_written(tiny, requests):
-    # Each token can be written once: its second time costs more than any logit is worth.
-    never = SamplingConfig(max_tokens=20, prompts_per_batch=7, frequency_penalty=2.0, top_k=2)
-    strong = dataclasses.replace(never, repetition_penalty=50.0)
-    plain = dataclasses.replace(never, frequency_penalty=0.0)
-    repeats = {
-        name: sum(
-            len(one.tokens) - len(set(one.tokens))
-            for one in generate(tiny, requests, settings).values()
-        )
-        for name, settings in (("plain", plain), ("strong", strong))
-    }
-    assert repeats["strong"] < repeats["plain"] / 4
-
-
-def top_two_gap(logits: torch.Tensor) -> float:
-    best = torch.topk(logits, 2).values
-    return float(best[0] - best[1])
-
-
-def check_greedy(smollm2, smollm2_torch, count, length):
-    chat = ChatFormat.of(smollm2)
-    rows = read_rows("package:seeds").rows[:count]
-    prompts = [chat.encode_prompt(row.prompt()) for row in rows]
-    requests = [PromptRequest(str(i), tuple(ids), i) for i, ids in enumerate(prompts)]
-    settings = SamplingConfig(temperature=0.0, max_tokens=length, prompts_per_batch=count)
-    sampler = JaxSampler(smollm2.model, smollm2.params, chat)
-    made = generate(sampler, requests, settings, samples=1)
-    compared = 0
-    for i, ids in enumerate(prompts):
-        ours = list(made[str(i), 0].tokens)
-        theirs = smollm2_torch.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            max_new_tokens=length,
+def by_transformers(
+    model: torch.nn.Module, prompt: Sequence[int], count: int, stop_ids: Sequence[int]
+) -> list[int]:
+    """Greedy tokens after the prompt, the end of turn included."""
+    ids = torch.tensor([list(prompt)])
+    with torch.no_grad():
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
             do_sample=False,
+            max_new_tokens=count,
+            eos_token_id=list(stop_ids),
             pad_token_id=0,
-            eos_token_id=list(chat.stop_ids),
-        )[0, len(ids) :].tolist()
-        if ours != theirs:
-            at = next(
-                (j for j, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-                min(len(ours), len(theirs)),
-            )
-            with torch.no_grad():
-                logits = smollm2_torch(torch.tensor([[*ids, *theirs[:at]]])).logits[0, -1]
-            assert top_two_gap(logits) < 1e-3, (i, at)
-        compared += len(ours)
-    assert compared > count * length / 4
+        )
+    return found[0, len(prompt) :].tolist()
 
 
-def test_greedy_text_is_transformers_on_smollm2(smollm2, smollm2_torch):
-    check_greedy(smollm2, smollm2_torch, 4, 24)
+def assert_greedy_equal(
+    model: torch.nn.Module,
+    asked: Sequence[PromptRequest],
+    made: dict[tuple[str, int], Completion],
+    count: int,
+    stop_ids: Sequence[int],
+) -> None:
+    """Token for token, up to a place where transformers' first two are within 1e-3."""
+    for request in asked:
+        expected = by_transformers(model, request.tokens, count, stop_ids)
+        found = list(made[request.id, 0].tokens)
+        if found == expected:
+            continue
+        place = next(i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
+        with torch.no_grad():
+            logits = model(torch.tensor([[*request.tokens, *expected[:place]]])).logits[0, -1]
+        first, second = logits.topk(2).values.tolist()
+        assert first - second < 1e-3, (request.id, place)
 
 
-@pytest.mark.slow
-def test_greedy_text_is_transformers_on_smollm2_20_prompts(smollm2, smollm2_torch):
-    check_greedy(smollm2, smollm2_torch, 20, 64)
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_text_is_transformers(tmp_path: Path, tied: bool):
+    config = CONFIG | {
+        "max_position_embeddings": 400, "tie_word_embeddings": tied, "attention_bias": True,
+    }  # fmt: skip
+    loaded = load_folder(write_folder(tmp_path, config), name="tiny")
+    settings = SamplingConfig(temperature=0.0, max_tokens=150, prompts_per_batch=4)
+    generator = sampler(loaded)
+    made = run(generator, requests(), settings, samples=1)
+    stop_ids = generator.chat.stop_ids
+    assert_greedy_equal(torch_model(config), requests(), made, 150, stop_ids)
+    # So long a text needs a second, larger cache.
+    assert any(len(one.tokens) == 150 for one in made.values())
+    slots = {entry[4] for entry in generator.programs if entry[0] == "continue"}
+    assert slots == {128, 149}
 
 
-def test_a_row_of_smollm2_depends_on_nothing_beside_it(smollm2):
-    chat = ChatFormat.of(smollm2)
-    rows = read_rows("package:seeds").rows[:3]
-    requests = [
-        PromptRequest(str(i), tuple(chat.encode_prompt(row.prompt())), i)
-        for i, row in enumerate(rows)
+def plainly(
+    loaded: LoadedModel, request: PromptRequest, sample: int, seed: int, settings: SamplingConfig
+) -> list[int]:
+    """One completion by whole forward passes, penalties in numpy and a key made by hand."""
+    key = jax.random.key(seed, impl="threefry2x32")
+    key = jax.random.fold_in(jax.random.fold_in(key, request.row), sample)
+    hidden = jax.jit(loaded.model.hidden)
+    written: list[int] = []
+    for step in range(settings.max_tokens):
+        row = np.zeros((1, 64), np.int32)
+        size = len(request.tokens) + step
+        row[0, :size] = [*request.tokens, *written]
+        places = np.arange(64, dtype=np.int32)[None]
+        states = hidden(loaded.params, row, (places < size).astype(np.int32), places)
+        logits = np.asarray(states[0, size - 1] @ loaded.model.head(loaded.params))
+        logits = by_vllm_definition(logits, list(request.tokens), written, settings)
+        new = draw(
+            jnp.asarray(logits[None], jnp.float32),
+            jax.random.fold_in(key, step)[None],
+            settings,
+        )
+        written.append(int(new[0]))
+        if written[-1] == 2:
+            break
+    return written
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TEXT,
+        SamplingConfig(max_tokens=20, prompts_per_batch=3, temperature=1.3),
+        SamplingConfig(
+            max_tokens=12, prompts_per_batch=5, top_k=20, top_p=0.95, repetition_penalty=1.4,
+            frequency_penalty=0.3,
+        ),
+    ],
+)  # fmt: skip
+def test_sampled_text_is_that_of_a_plain_loop(tiny: LoadedModel, settings: SamplingConfig):
+    made = run(sampler(tiny), requests(), settings, samples=3, seed=11)
+    for request in requests():
+        for sample in range(3):
+            expected = plainly(tiny, request, sample, 11, settings)
+            assert list(made[request.id, sample].tokens) == expected
+
+
+def test_completions_say_what_they_are(tiny: LoadedModel):
+    generator: Generator = sampler(tiny)
+    settings = SamplingConfig(max_tokens=40, prompts_per_batch=3)
+    batches = list(generator.generate(requests(), settings, samples=4, stop=(), seed=0))
+    assert [len({one.prompt_id for one in batch}) for batch in batches] == [3, 1, 3]
+    made = [one for batch in batches for one in batch]
+    assert sorted((one.prompt_id, one.index) for one in made) == [
+        (f"p{i}", sample) for i in range(7) for sample in range(4)
     ]
-    settings = SamplingConfig(max_tokens=12, prompts_per_batch=3, top_p=0.9)
-    sampler = JaxSampler(smollm2.model, smollm2.params, chat)
-    together = generate(sampler, requests, settings)
-    for request in requests[1:]:
-        alone = generate(sampler, [request], settings)
-        assert all(alone[key] == together[key] for key in alone)
-    assert all(np.isfinite(one.tokens).all() for one in together.values())
+    assert {one.finish for one in made} == {"end", "length"}
+    for one in made:
+        ended = one.tokens[-1] == 2
+        assert one.finish == ("end" if ended else "length")
+        assert 2 not in one.tokens[:-1]
+        assert ended or len(one.tokens) == 40
+        words = one.tokens[:-1] if ended else one.tokens
+        assert one.text == generator.chat.decode(words)
+        assert "w2" not in one.text.split()
+
+
+def test_samples_seeds_and_rows_differ_and_repeat(tiny: LoadedModel):
+    generator = sampler(tiny)
+    settings = replace(TEXT, presence_penalty=0.0)
+    made = run(generator, requests(), settings, samples=4)
+    assert len({made["p3", sample].tokens for sample in range(4)}) == 4
+    assert run(generator, requests(), settings, samples=4) == made
+    other = run(generator, requests(), settings, samples=4, seed=1)
+    assert all(other[key].tokens != made[key].tokens for key in made)
+    renumbered = [replace(one, row=one.row + 1) for one in requests()]
+    assert run(generator, renumbered, settings, samples=4)["p3", 0].tokens != made["p3", 0].tokens
+    # Fewer samples are the first of more.
+    fewer = run(generator, requests(), settings, samples=1)
+    assert all(fewer[key] == made[key] for key in fewer)
+
+
+def test_a_text_does_not_depend_on_what_runs_beside_it(tiny: LoadedModel):
+    generator, everything = sampler(tiny), requests()
+    made = run(generator, everything, TEXT)
+    order = np.random.default_rng(0).permutation(len(everything))
+    assert run(generator, [everything[i] for i in order], TEXT) == made
+    for one in everything:
+        alone = run(generator, [one], TEXT)
+        assert all(alone[key] == made[key] for key in alone)
+    wider = run(generator, everything, replace(TEXT, prompts_per_batch=5))
+    assert wider == made
+
+
+def test_an_interrupted_run_writes_the_same(tiny: LoadedModel):
+    generator, everything = sampler(tiny), requests()
+    made = run(generator, everything, TEXT)
+    batches = generator.generate(everything, TEXT, samples=2, stop=(), seed=0)
+    first = {(one.prompt_id, one.index): one for one in next(batches)}
+    batches.close()
+    done = {prompt for prompt, _ in first}
+    assert 0 < len(done) < len(everything)
+    rest = run(generator, everything, TEXT, finished=done)
+    assert first | rest == made
+    assert not first.keys() & rest.keys()
+    # Also where a batch was written in part only.
+    rest = run(generator, everything, TEXT, finished={"p1", "p4"})
+    assert rest == {key: one for key, one in made.items() if key[0] not in ("p1", "p4")}
+    assert run(generator, everything, TEXT, finished={one.id for one in everything}) == {}
+
+
+def test_stop_strings_end_texts_wherever_they_fall(tiny: LoadedModel):
+    generator = sampler(tiny)
+    settings = SamplingConfig(max_tokens=40, prompts_per_batch=7)
+    made = run(generator, requests(), settings)
+    # Across two tokens, in the second chunk of steps: "w7 w3" reads "7 w3" from within a token.
+    key, long = next((key, one) for key, one in made.items() if len(one.tokens) >= 25)
+    words = long.text.split()
+    stop = f"{words[20][1:]} {words[21]}"
+    stopped = run(generator, requests(), settings, stop=(stop, "unheard of"))
+    for name, one in made.items():
+        place = one.text.find(stop)
+        if place < 0:
+            assert stopped[name] == one
+            continue
+        assert stopped[name].finish == "stop"
+        assert stopped[name].stop == stop
+        assert stopped[name].text == one.text[:place]
+        used = stopped[name].tokens
+        assert used == one.tokens[: len(used)]
+        assert stop in generator.chat.decode(used)
+        assert stop not in generator.chat.decode(used[:-1])
+    assert stopped[key].finish == "stop"
+
+
+def test_decoding_ends_when_all_texts_have(tiny: LoadedModel):
+    """Every word contains "w", so each text stops at its first token and nothing is decoded."""
+    generator = sampler(tiny)
+    made = run(generator, requests(), SamplingConfig(max_tokens=300, prompts_per_batch=7),
+               stop=("w",))  # fmt: skip
+    assert {one.finish for one in made.values()} <= {"stop", "end"}
+    assert {len(one.tokens) for one in made.values()} == {1}
+    assert {entry[0] for entry in generator.programs} == {"begin"}
+
+
+def test_one_token(tiny: LoadedModel):
+    settings = replace(TEXT, max_tokens=1)
+    long = run(sampler(tiny), requests(), TEXT)
+    for key, one in run(sampler(tiny), requests(), settings).items():
+        assert one.tokens == long[key].tokens[:1]
+
+
+def test_programs_are_few_and_shared(tiny: LoadedModel):
+    jax.clear_caches()
+    generator = sampler(tiny)
+    run(generator, requests(), TEXT)
+    assert len(generator.programs) == 4  # two padded lengths, two programs each
+    compiled: list[str] = []
+
+    def listen(name: str, _: float, **__: object) -> None:
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        again = requests()
+        run(generator, again[::-1], TEXT, seed=5, stop=("w7",))
+        same = GenerationConfig(
+            max_tokens=12,
+            prompts_per_batch=3,
+            top_p=0.9,
+            presence_penalty=0.5,
+            prompts=7,
+            samples=9,
+        )
+        run(generator, again, same)
+        assert compiled == []
+        run(generator, again, replace(TEXT, top_p=0.5))
+        assert compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(generator.programs) == 8
+
+
+def test_bfloat16_is_nearly_the_same_text(tiny: LoadedModel):
+    settings = SamplingConfig(temperature=0.0, max_tokens=6, prompts_per_batch=7)
+    generator = sampler(tiny)
+    exact = run(generator, requests(), settings, samples=1)
+    narrow = run(generator, requests(), replace(settings, dtype="bfloat16"), samples=1)
+    assert {leaf.dtype for leaf in jax.tree.leaves(generator._weights)} == {jnp.dtype(jnp.bfloat16)}
+    same = [
+        a == b for key in exact for a, b in zip(exact[key].tokens, narrow[key].tokens, strict=False)
+    ]
+    assert np.mean(same) > 0.5
+
+
+def test_prompts_that_do_not_fit_are_named(tiny: LoadedModel):
+    settings = replace(TEXT, max_tokens=380)
+    with pytest.raises(UserError, match=r"prompt p3 has 24 tokens.*380.*400 positions"):
+        run(sampler(tiny), requests(), settings)
+    assert run(sampler(tiny), requests([20]), settings)
+    with pytest.raises(UserError, match="prompt p1 is empty"):
+        run(sampler(tiny), requests([4, 0]), TEXT)
+
+
+@pytest.mark.parametrize("leaf", ["norm", "layers"])
+def test_broken_weights_are_reported(tiny: LoadedModel, leaf: str):
+    broken = dict(tiny.params)
+    broken[leaf] = jax.tree.map(lambda x: x.at[..., 0].set(jnp.nan), tiny.params[leaf])
+    generator = JaxSampler(tiny.model, broken, ChatFormat.of(tiny))
+    with pytest.raises(UserError, match=r"logits for prompts p0 to p2 are not finite"):
+        run(generator, requests(), TEXT)
+
+
+PROCESS = """
+import hashlib, sys
+from montessori_jax.models.folder import load_folder
+from tests.generation.sampler_test import TEXT, requests, run, sampler
+made = run(sampler(load_folder(sys.argv[1], name="tiny")), requests(), TEXT, seed=3)
+print(hashlib.sha256(repr(sorted(made.items())).encode()).hexdigest())
+"""
+
+
+def test_processes_write_the_same(tmp_path: Path):
+    write_folder(tmp_path, CONFIG)
+    digests = {
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", PROCESS, str(tmp_path)],
+            check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2],
+        ).stdout
+        for _ in range(2)
+    }  # fmt: skip
+    assert len(digests) == 1
+    assert len(digests.pop().strip()) == 64
+
+
+def real_requests(loaded: LoadedModel, count: int) -> list[PromptRequest]:
+    chat = ChatFormat.of(loaded)
+    rows = read_rows("package:seeds", need_response=False).rows[:count]
+    return [
+        PromptRequest(row.id, tuple(chat.encode_prompt(row.prompt())), index)
+        for index, row in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count"), [(4, 24), pytest.param(20, 64, marks=pytest.mark.slow)]
+)
+def test_greedy_text_of_smollm2_is_transformers(
+    smollm2: LoadedModel, smollm2_torch: torch.nn.Module, prompts: int, count: int
+):
+    settings = SamplingConfig(temperature=0.0, max_tokens=count, prompts_per_batch=prompts)
+    generator, asked = sampler(smollm2), real_requests(smollm2, prompts)
+    made = run(generator, asked, settings, samples=1)
+    assert_greedy_equal(smollm2_torch, asked, made, count, generator.chat.stop_ids)
+    assert len({one.text for one in made.values()}) == prompts
+
+
+def test_texts_of_smollm2_depend_on_nothing_beside_them(smollm2: LoadedModel):
+    generator, asked = sampler(smollm2), real_requests(smollm2, 6)
+    settings = SamplingConfig(max_tokens=20, top_p=0.9, presence_penalty=1.0, prompts_per_batch=3)
+    made = run(generator, asked, settings)
+    assert run(generator, asked, settings) == made
+    assert run(generator, asked[::-1], settings) == made
+    some = [asked[4], asked[1]]
+    assert run(generator, some, settings) == {
+        key: one for key, one in made.items() if key[0] in {request.id for request in some}
+    }
+    assert run(generator, asked, settings, finished={asked[0].id}) == {
+        key: one for key, one in made.items() if key[0] != asked[0].id
+    }

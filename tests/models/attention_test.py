@@ -123,21 +123,20 @@ def test_decoding_attends_to_the_prompt_and_to_what_is_written():
         return rng.normal(size=shape).astype(np.float32)
 
     query = draw(prompts, samples, HEADS, DIM)
-    prompt = [draw(prompts, prompt_length, KV_HEADS, DIM) for _ in range(2)]
-    own = [draw(prompts, samples, slots, KV_HEADS, DIM) for _ in range(2)]
+    prompt = [draw(prompts, KV_HEADS, prompt_length, DIM) for _ in range(2)]
+    own = [draw(prompts, samples, KV_HEADS, slots, DIM) for _ in range(2)]
     for array in prompt:
-        array[1, 4:] = 1e3  # padding
+        array[1, :, 4:] = 1e3  # padding
     for array in own:
-        array[:, :, step + 1 :] = 1e3  # not written yet
+        array[:, :, :, step + 1 :] = 1e3  # not written yet
     found = decode_attention(query, *prompt, lengths, *own, jnp.asarray(step, jnp.int32))
     for p in range(prompts):
         for s in range(samples):
             key, value = (
-                np.concatenate([a[p, : lengths[p]], b[p, s, : step + 1]])
+                np.concatenate([a[p, :, : lengths[p]], b[p, s, :, : step + 1]], axis=1)
                 for a, b in zip(prompt, own, strict=True)
             )
-            repeated = [torch.tensor(a).repeat_interleave(2, dim=1).transpose(0, 1)
-                        for a in (key, value)]  # fmt: skip
+            repeated = [torch.tensor(a).repeat_interleave(2, dim=0) for a in (key, value)]
             expected = torch.nn.functional.scaled_dot_product_attention(
                 torch.tensor(query[p, s])[:, None], *repeated
             )[:, 0]

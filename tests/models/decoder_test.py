@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from montessori_jax.models import KeyValue, Model, ModelConfig, RopeScaling
+from montessori_jax.models import Model, ModelConfig, RopeScaling
 from montessori_jax.models.families import family_of
 from tests.models.tiny import CONFIG, jax_logits, relative_error, tokens_for
 
@@ -187,43 +187,6 @@ def test_branches_are_what_their_sequences_are_alone():
     prompt, first, second = slice(0, 6), slice(6, 10), slice(10, 15)
     np.testing.assert_allclose(shared[0, :10], alone(prompt, first), atol=1e-5)
     np.testing.assert_allclose(shared[0, second], alone(prompt, second)[6:], atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_prefill_and_decoding_give_the_hidden_states_of_whole_rows(dtype):
-    model, params = Model(BASE), random_params(BASE)
-    lengths, samples, slots = np.array([5, 8], np.int32), 3, 4
-    rng = np.random.default_rng(5)
-    prompts = rng.integers(0, 61, (2, 8)).astype(np.int32)
-    new = rng.integers(0, 61, (2, samples, slots)).astype(np.int32)
-    last, cache = jax.jit(model.prefill, static_argnames="dtype")(
-        params, prompts, lengths, dtype=dtype
-    )
-    assert last.dtype == cache.key.dtype == dtype
-    assert cache.key.shape == (3, 2, 8, 2, 8)
-    own = KeyValue(*(jnp.zeros((3, 2, samples, slots, 2, 8), dtype) for _ in range(2)))
-    decode = jax.jit(model.decode, static_argnames="dtype")
-    steps = []
-    for step in range(slots):
-        at = jnp.asarray(step, jnp.int32)
-        hidden, made = decode(params, new[:, :, step], at, cache, lengths, own, dtype=dtype)
-        own = KeyValue(*(a.at[:, :, :, step].set(b) for a, b in zip(own, made, strict=True)))
-        steps.append(np.asarray(hidden, np.float32))
-    rows = np.zeros((2, samples, 12), np.int32)
-    for p in range(2):
-        rows[p, :, : lengths[p]] = prompts[p, : lengths[p]]
-        rows[p, :, lengths[p] : lengths[p] + slots] = new[p]
-    flat = rows.reshape(-1, 12)
-    places = np.broadcast_to(np.arange(12, dtype=np.int32), flat.shape)
-    whole = model.hidden(params, flat, np.ones_like(flat), places, dtype=dtype)
-    whole = np.asarray(whole, np.float32).reshape(2, samples, 12, -1)
-    tolerance = (2e-5 if dtype == jnp.float32 else 0.1) * np.abs(whole).max()
-    for p in range(2):
-        prompt_end = whole[p, 0, lengths[p] - 1]
-        assert np.abs(np.asarray(last[p], np.float32) - prompt_end).max() < tolerance
-        for step in range(slots):
-            error = np.abs(steps[step][p] - whole[p, :, lengths[p] + step]).max()
-            assert error < tolerance
 
 
 def test_bfloat16_computes_in_bfloat16_from_float32_parameters():

@@ -1,0 +1,144 @@
+"""Decoding with a key-value cache: the same blocks as training, laid out for one token at a time.
+
+Training scans over stacked layers. A decode step does too little work to pay for cutting each
+layer's weights out of a stack (on a CPU that copies the whole model every step), so here the
+layers are apart, cast once, and every kernel has its outputs first. A prompt's keys and values
+are computed once and shared by all its samples.
+"""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from montessori_jax.models.config import ModelConfig
+from montessori_jax.models.decoder import (
+    Block,
+    KeyValue,
+    Linear,
+    Model,
+    Params,
+    RmsNorm,
+    times_transposed,
+)
+from montessori_jax.models.rope import rotation
+
+Cache = tuple[KeyValue, ...]
+"""One entry a layer. Of a prompt: ``[prompts, kv_heads, length, head_dim]``; of what is generated
+(``own``): ``[prompts, samples, kv_heads, slots, head_dim]``."""
+
+
+def unstack(model: Model, params: Params, dtype: jnp.dtype | type) -> Params:
+    """A copy of ``params`` to decode with: layers apart, kernels outputs first, all in ``dtype``.
+
+    Costs as much memory as the model in ``dtype``, less the embedding where that is shared
+    (``dtype`` is its own); ``params`` are not needed for decoding after this.
+    """
+
+    @jax.jit
+    def layer(layers: Params, index: Array) -> Params:
+        def take(path: tuple[Any, ...], leaf: Array) -> Array:
+            one = jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+            return (one.T if path[-1].key == "kernel" else one).astype(dtype)
+
+        return jax.tree_util.tree_map_with_path(take, layers)
+
+    weights = {
+        "embedding": params["embed"]["embedding"].astype(dtype),
+        "norm": jax.tree.map(lambda leaf: leaf.astype(dtype), params["norm"]),
+        "layers": [layer(params["layers"], jnp.int32(i)) for i in range(model.config.num_layers)],
+    }
+    if not model.config.tie_word_embeddings:
+        weights["head"] = params["head"]["kernel"].T.astype(dtype)
+    return weights
+
+
+def prefill(
+    model: Model,
+    weights: Params,
+    tokens: Int[Array, "prompts length"],
+    lengths: Int[Array, " prompts"],
+) -> tuple[Float[Array, "prompts width"], Cache]:
+    """Hidden state of each right-padded prompt's last token, and all its keys and values."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    segments = (positions < lengths[:, None]).astype(jnp.int32)
+    cos, sin = rotation(model.config, positions)
+    x = jnp.take(weights["embedding"], tokens, axis=0)
+    cache = []
+    for block in _blocks(model, weights):
+        x, (key, value) = block.packed(x, cos, sin, segments, None)
+        cache.append(KeyValue(key.swapaxes(1, 2), value.swapaxes(1, 2)))
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return _normed(model, weights, last), tuple(cache)
+
+
+def decode(
+    model: Model,
+    weights: Params,
+    tokens: Int[Array, "prompts samples"],
+    step: Int[Array, ""],
+    prompt: Cache,
+    lengths: Int[Array, " prompts"],
+    own: Cache,
+) -> tuple[Float[Array, "prompts samples width"], Cache]:
+    """Hidden states of the ``step``-th generated tokens (from 0), and ``own`` with them in it.
+
+    ``prompt`` is `prefill`'s cache; ``own`` has its slots below ``step`` filled (`empty_cache`
+    makes one).
+    """
+    positions = jnp.broadcast_to((lengths + step)[:, None], tokens.shape)
+    cos, sin = rotation(model.config, positions)
+    x = jnp.take(weights["embedding"], tokens, axis=0)
+    after = []
+    for block, prompt_layer, own_layer in zip(_blocks(model, weights), prompt, own, strict=True):
+        x, own_layer = block.decode(x, cos, sin, prompt_layer, lengths, own_layer, step)
+        after.append(own_layer)
+    return _normed(model, weights, x), tuple(after)
+
+
+def logits(
+    model: Model, weights: Params, hidden: Float[Array, "*rows width"]
+) -> Float[Array, "*rows vocab"]:
+    """Float32 logits of normed hidden states."""
+    head = weights["embedding" if model.config.tie_word_embeddings else "head"]
+    return times_transposed(hidden, head, preferred_element_type=jnp.float32)
+
+
+def empty_cache(
+    model: Model, prompts: int, samples: int, slots: int, dtype: jnp.dtype | type
+) -> Cache:
+    """Room for ``slots`` generated tokens of each sample."""
+    config = model.config
+    shape = (prompts, samples, config.num_kv_heads, slots, config.head_dim)
+    return tuple(
+        KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
+    )
+
+
+@cache
+def _define(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.GraphDef]:
+    """The static definitions of a block with its outputs first, and of the final norm."""
+
+    def block() -> Block:
+        module = Block(config, nnx.Rngs(0))
+        for _, part in nnx.iter_modules(module):
+            if isinstance(part, Linear):
+                part.outputs_first = True
+        return module
+
+    def norm() -> RmsNorm:
+        return RmsNorm(config.hidden_size, config.rms_norm_eps)
+
+    return nnx.split(nnx.eval_shape(block))[0], nnx.split(nnx.eval_shape(norm))[0]
+
+
+def _blocks(model: Model, weights: Params) -> list[Block]:
+    graph, _ = _define(model.config)
+    return [nnx.merge(graph, layer) for layer in weights["layers"]]
+
+
+def _normed(model: Model, weights: Params, x: Array) -> Array:
+    return nnx.merge(_define(model.config)[1], weights["norm"])(x)

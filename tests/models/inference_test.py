@@ -1,0 +1,54 @@
+"""Decoding with a cache against the training decoder on whole rows."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from montessori_jax.models import Model
+from montessori_jax.models.inference import decode, empty_cache, logits, prefill, unstack
+from tests.models.decoder_test import BASE, random_params
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_prefill_and_decoding_give_the_logits_of_whole_rows(dtype, tied):
+    config = replace(BASE, tie_word_embeddings=tied)
+    model, params = Model(config), random_params(config)
+    weights = unstack(model, params, dtype)
+    lengths, samples, slots = np.array([5, 8], np.int32), 3, 4
+    rng = np.random.default_rng(5)
+    prompts = rng.integers(0, 61, (2, 8)).astype(np.int32)
+    new = rng.integers(0, 61, (2, samples, slots)).astype(np.int32)
+
+    last, cache = jax.jit(partial(prefill, model))(weights, prompts, lengths)
+    assert last.dtype == cache[0].key.dtype == dtype
+    assert len(cache) == 3
+    assert cache[0].key.shape == (2, 2, 8, 8)
+    own = empty_cache(model, 2, samples, slots, dtype)
+    step_once = jax.jit(partial(decode, model))
+    steps = []
+    for step in range(slots):
+        at = jnp.asarray(step, jnp.int32)
+        hidden, own = step_once(weights, new[:, :, step], at, cache, lengths, own)
+        steps.append(np.asarray(logits(model, weights, hidden)))
+
+    rows = np.zeros((2, samples, 12), np.int32)
+    for p in range(2):
+        rows[p, :, : lengths[p]] = prompts[p, : lengths[p]]
+        rows[p, :, lengths[p] : lengths[p] + slots] = new[p]
+    flat = rows.reshape(-1, 12)
+    places = np.broadcast_to(np.arange(12, dtype=np.int32), flat.shape)
+    hidden = model.hidden(params, flat, np.ones_like(flat), places, dtype=dtype)
+    whole = hidden @ model.head(params).astype(dtype)
+    whole = np.asarray(whole, np.float32).reshape(2, samples, 12, -1)
+    tolerance = (2e-5 if dtype == jnp.float32 else 0.1) * np.abs(whole).max()
+    first = np.asarray(logits(model, weights, last))
+    for p in range(2):
+        assert np.abs(first[p] - whole[p, 0, lengths[p] - 1]).max() < tolerance
+        for step in range(slots):
+            error = np.abs(steps[step][p] - whole[p, :, lengths[p] + step]).max()
+            assert error < tolerance
