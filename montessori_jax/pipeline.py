@@ -168,7 +168,9 @@ def run_iteration(loop: Loop, teacher: str) -> str:
         )
 
     students = {name: folder(f"train-{name}/student") for name in teachers}
-    for name, source in {"untrained": config.student, **students}.items():
+    if loop.iteration == 1:  # the student as it is, the same in every iteration
+        students = {"untrained": config.student, **students}
+    for name, source in students.items():
         loop.stage(f"evaluate-{name}", evaluate_student(source), lines.evaluated, draws="evaluate")
     return tuned
 

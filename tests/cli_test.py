@@ -226,3 +226,13 @@ def test_yaml_and_overrides_reach_a_stage(student, candidates, tmp_path):
     more = ["--out", str(out), "--num-reference", "3", "--quiet", "influence.learning_rate=0.01"]
     assert run([*arguments, *more]) == 0
     assert {row["estimator"] for row in scores_of(out)} == {"exact", None}
+
+
+def test_an_argument_that_does_not_fit_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["sft", "--data", "rows.jsonl", "--out", "there", "--epochs", "many"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "--epochs" in said
+    assert "montessori sft --help" in said

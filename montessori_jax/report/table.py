@@ -20,11 +20,13 @@ def render(summary: Summary) -> str:
     parts = [f"# {summary['run']}: {summary['method']}", ""]
     parts += [f"Teacher `{summary['teacher']}`, student `{summary['student']}`.", ""]
     rows = 0
+    baseline = None
     for iteration in summary["iterations"]:
         stages = iteration["stages"]
+        baseline = baseline or (stages.get("evaluate-untrained") or {}).get("reference_loss")
         parts += [f"## Iteration {iteration['iteration']}", ""]
         parts += _table(("what", "result"), _results(stages))
-        students = _students(stages)
+        students = _students(stages, baseline)
         if students:
             parts += ["", "Held-out reference loss of the student, in nats a token:", ""]
             parts += _table(("student", "rows", "loss ± standard error", "change"), students)
@@ -107,9 +109,9 @@ def _results(stages: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _students(stages: dict[str, Any]) -> list[tuple[str, ...]]:
+def _students(stages: dict[str, Any], baseline: dict[str, Any] | None) -> list[tuple[str, ...]]:
+    """``baseline`` is the untrained student's loss, measured in the first iteration."""
     rows: list[tuple[str, ...]] = []
-    baseline = (stages.get("evaluate-untrained") or {}).get("reference_loss")
     for name, label in STUDENTS.items():
         result = stages.get(f"evaluate-{name}")
         if result is None:

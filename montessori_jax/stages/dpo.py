@@ -114,6 +114,9 @@ def dpo(
             stop_requested=work.stop.requested,
         )
     before, after = log_probs[: len(training)], log_probs[len(training) :]
+    # The reference's pass over every pair, the tuned teacher's over the held-out ones.
+    passes = sum(pair.length for pair in (*everything, *held))
+    work.meter.count(flops=2.0 * parameters * passes)
     metrics = MetricsFile(work.file("metrics.jsonl"))
     bar = work.bar(0, "step", "dpo")
 

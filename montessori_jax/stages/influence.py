@@ -78,6 +78,12 @@ def influence(
             scores,
             seed=work.seed,
         )
+        if checked is not None:
+            mean = float(np.mean([len(one.tokens) for one in chats]))
+            work.meter.count(
+                flops=probe.loaded.model.parameter_count()
+                * (2.0 * references.tokens + checked.count * (6.0 * mean + 2.0 * references.tokens))
+            )
     table = _table(source, rows, scores, reasons)
     write_scores(out, table)
     return {
@@ -100,6 +106,9 @@ def _score(
 ) -> list[Score]:
     """All scores in order, those of finished chunks from the journal."""
     parameters = probe.loaded.model.parameter_count()
+    # Two forward passes for the loss before and the shared step, and first order's one gradient.
+    before = 4.0 * references.tokens + 6.0 * references.tokens * (settings.method != "exact")
+    work.meter.count(flops=parameters * before)
     done = sum(len(record["scores"]) for record in journal.records)
     with work.bar(len(rows), "candidate", settings.method, done=done) as bar:
 
