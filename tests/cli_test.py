@@ -230,9 +230,9 @@ def test_yaml_and_overrides_reach_a_stage(student, candidates, tmp_path):
 
 def test_an_argument_that_does_not_fit_is_one_line(capsys):
     with pytest.raises(SystemExit) as stopped:
-        run(["sft", "--data", "rows.jsonl", "--out", "there", "--epochs", "many"])
+        run(["sft", "--data", "rows.jsonl", "--out", "there", "--seed", "many"])
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "--epochs" in said
+    assert "--seed" in said
     assert "montessori sft --help" in said
