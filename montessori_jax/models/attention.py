@@ -6,7 +6,7 @@ float32 (float64 for float64 inputs), and have reverse- and forward-mode derivat
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # Finite, so that a row without any allowed key gives a uniform average and never NaN.
 MASKED = -1e30
@@ -17,25 +17,52 @@ def wide(dtype: jnp.dtype | type) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
+def soft_capped(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
+    """``cap tanh(x / cap)``, which keeps numbers between ``-cap`` and ``cap`` (Gemma 2,
+    arXiv 2408.00118); ``x`` itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def packed_attention(
     query: Float[Array, "rows length heads dim"],
     key: Float[Array, "rows length kv_heads dim"],
     value: Float[Array, "rows length kv_heads dim"],
     segment_ids: Int[Array, "rows length"],
     branches: Int[Array, "rows length"] | None = None,
+    *,
+    positions: Int[Array, "rows length"] | None = None,
+    window: int | None = None,
+    sliding: bool | Bool[Array, ""] = True,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, "rows length heads dim"]:
     """Causal attention within segments: token ``t`` sees ``s <= t`` of its own segment alone.
 
-    ``softmax(q k^T / sqrt(dim)) v`` with the softmax in float32; the result has ``value``'s dtype.
-    With ``branches`` a segment is a tree of depth two: branch 0 is a trunk that all of it sees,
-    and branches 1, 2, ... (the responses of one prompt) do not see each other.
+    ``softmax(cap(scale q k^T)) v`` with the softmax in float32; the result has ``value``'s dtype.
+
+    Args:
+        query: rotated queries.
+        key: rotated keys, a head for each group of query heads.
+        value: values.
+        segment_ids: which sample each token belongs to.
+        branches: makes a segment a tree of depth two: branch 0 is a trunk that all of it sees, and
+            branches 1, 2, ... (the responses of one prompt) do not see each other.
+        positions: position within the sample, by which windows are measured (the branches of one
+            trunk have equal ones); by default the place in the row, which is as far without
+            branches.
+        window: a token sees those less than this many positions before it; None: all.
+        sliding: whether ``window`` holds, where only a traced value tells.
+        scale: by default ``1 / sqrt(dim)``.
+        soft_cap: see `soft_capped`.
     """
     rows, length, heads, dim = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(rows, length, kv_heads, heads // kv_heads, dim)
     sums = wide(query.dtype)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=sums)
-    scores = scores * jnp.asarray(dim**-0.5, sums)
+    scores = soft_capped(
+        scores * jnp.asarray(dim**-0.5 if scale is None else scale, sums), soft_cap
+    )
     order = jnp.arange(length)
     allowed = (order[:, None] >= order[None, :])[None] & (
         segment_ids[:, :, None] == segment_ids[:, None, :]
@@ -43,6 +70,10 @@ def packed_attention(
     if branches is not None:
         trunk = branches[:, None, :] == 0
         allowed &= trunk | (branches[:, :, None] == branches[:, None, :])
+    if window is not None:
+        places = order[None] if positions is None else positions
+        near = places[:, :, None] - places[:, None, :] < window
+        allowed &= near if isinstance(sliding, bool) and sliding else near | ~jnp.asarray(sliding)
     scores = jnp.where(allowed[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("bkgts,bskd->btkgd", weights, value)
@@ -57,19 +88,24 @@ def decode_attention(
     key: Float[Array, "prompts samples kv_heads slots dim"],
     value: Float[Array, "prompts samples kv_heads slots dim"],
     step: Int[Array, ""],
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, "prompts samples heads dim"]:
     """One new token a sample, against its prompt (stored once for all samples) and its own past.
 
     Slots ``0..step`` of ``key`` and ``value`` hold the tokens generated so far, the newest
     included; prompts are right-padded to ``prompt_length``. Caches have their heads before their
     positions: so both are batches of plain matrix products, and nothing is transposed each step
-    (4 times faster than positions first on a CPU).
+    (4 times faster than positions first on a CPU). ``window``, ``scale`` and ``soft_cap`` as in
+    `packed_attention`.
     """
     prompts, samples, heads, dim = query.shape
     kv_heads, prompt_length = prompt_key.shape[1:3]
     group = heads // kv_heads
     sums = wide(query.dtype)
-    scale = jnp.asarray(dim**-0.5, sums)
+    factor = jnp.asarray(dim**-0.5 if scale is None else scale, sums)
     grouped = query.reshape(prompts, samples, kv_heads, group, dim)
 
     def together(x: Array) -> Array:
@@ -79,14 +115,21 @@ def decode_attention(
     def apart(x: Array) -> Array:
         return x.reshape(prompts, kv_heads, samples, group, -1).swapaxes(1, 2)
 
-    prompt_scores = scale * jnp.einsum(
+    prompt_scores = factor * jnp.einsum(
         "pkmd,pksd->pkms", together(grouped), prompt_key, preferred_element_type=sums
     )
-    own_scores = scale * jnp.einsum("pnkgd,pnktd->pnkgt", grouped, key, preferred_element_type=sums)
-    in_prompt = jnp.arange(prompt_length)[None, :] < prompt_lengths[:, None]
+    own_scores = factor * jnp.einsum(
+        "pnkgd,pnktd->pnkgt", grouped, key, preferred_element_type=sums
+    )
+    places, slots = jnp.arange(prompt_length)[None, :], jnp.arange(key.shape[3])
+    in_prompt, written = places < prompt_lengths[:, None], slots <= step
+    if window is not None:
+        in_prompt &= (prompt_lengths + step)[:, None] - places < window
+        written &= step - slots < window
+    prompt_scores = soft_capped(prompt_scores, soft_cap)
     prompt_scores = apart(jnp.where(in_prompt[:, None, None, :], prompt_scores, MASKED))
-    written = (jnp.arange(key.shape[3]) <= step)[None, None, None, None, :]
-    own_scores = jnp.where(written, own_scores, MASKED)
+    own_scores = soft_capped(own_scores, soft_cap)
+    own_scores = jnp.where(written[None, None, None, None, :], own_scores, MASKED)
     # One softmax over two arrays. The newest token is always seen, so the total is never zero.
     largest = jnp.maximum(
         jnp.max(prompt_scores, axis=-1, keepdims=True), jnp.max(own_scores, axis=-1, keepdims=True)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from montessori_jax.models.attention import decode_attention, packed_attention, wide
+from montessori_jax.models.attention import decode_attention, packed_attention, soft_capped, wide
 from montessori_jax.models.config import ModelConfig
-from montessori_jax.models.rope import rotate, rotation
+from montessori_jax.models.rope import Rotation, rotate, rotations
 
 Params = dict[str, Any]
 FEW_ROWS = 32  # of `times_transposed`; measured with 2 cores of an EPYC, AVX2
@@ -42,18 +42,24 @@ class KeyValue(NamedTuple):
 
 
 class RmsNorm(nnx.Module):
-    """``x / sqrt(mean(x^2) + eps) * scale``, the statistics in float32 (arXiv 1910.07467)."""
+    """``x / sqrt(mean(x^2) + eps) * scale``, the statistics in float32 (arXiv 1910.07467).
 
-    def __init__(self, width: int, epsilon: float):
-        self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+    Zero-centred norms multiply by ``1 + scale``, in float32 too.
+    """
+
+    def __init__(self, config: ModelConfig, width: int):
+        self.epsilon, self.zero_centered = config.rms_norm_eps, config.zero_centered_norms
+        start = jnp.zeros if self.zero_centered else jnp.ones
+        self.scale = nnx.Param(start((width,), jnp.float32))
 
     def __call__(self, x: Array) -> Array:
-        scale = self.scale[...]
         wide_x = x.astype(wide(x.dtype))
         mean_square = jnp.mean(jnp.square(wide_x), axis=-1, keepdims=True)
-        normed = (wide_x * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
-        return normed * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
+        normed = wide_x * jax.lax.rsqrt(mean_square + self.epsilon)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + self.scale.shape)
+        if self.zero_centered:
+            return (normed * (1 + scale.astype(normed.dtype))).astype(x.dtype)
+        return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def times_transposed(
@@ -98,21 +104,25 @@ class Attention(nnx.Module):
         self.config = config
         width, dim = config.hidden_size, config.head_dim
 
-        def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, config.attention_bias, config.initializer_range, rngs)
+        def linear(inputs: int, outputs: int, bias: bool) -> Linear:
+            return Linear(inputs, outputs, bias, config.initializer_range, rngs)
 
-        self.query = linear(width, config.num_heads * dim)
-        self.key = linear(width, config.num_kv_heads * dim)
-        self.value = linear(width, config.num_kv_heads * dim)
-        self.out = linear(config.num_heads * dim, width)
+        self.query = linear(width, config.num_heads * dim, config.qkv_bias)
+        self.key = linear(width, config.num_kv_heads * dim, config.qkv_bias)
+        self.value = linear(width, config.num_kv_heads * dim, config.qkv_bias)
+        self.out = linear(config.num_heads * dim, width, config.out_bias)
+        if config.qk_norm:
+            self.query_norm, self.key_norm = RmsNorm(config, dim), RmsNorm(config, dim)
 
-    def project(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+    def project(self, x: Array, rotation: Rotation) -> tuple[Array, Array, Array]:
         """Queries, keys and values by head, the first two rotated: ``[..., heads, head_dim]``."""
         dim = self.config.head_dim
         query = self.query(x).reshape(*x.shape[:-1], self.config.num_heads, dim)
         key = self.key(x).reshape(*x.shape[:-1], self.config.num_kv_heads, dim)
         value = self.value(x).reshape(*x.shape[:-1], self.config.num_kv_heads, dim)
-        return rotate(query, cos, sin), rotate(key, cos, sin), value
+        if self.config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return rotate(query, *rotation), rotate(key, *rotation), value
 
     def merge(self, mixed: Array) -> Array:
         """Heads back to the model's width."""
@@ -141,36 +151,72 @@ class Block(nnx.Module):
     """One pre-norm layer. What differs between uses is how keys and values are attended to."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.attention_norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.config = config
+        self.attention_norm = RmsNorm(config, config.hidden_size)
         self.attention = Attention(config, rngs)
-        self.mlp_norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = RmsNorm(config, config.hidden_size)
         self.mlp = Mlp(config, rngs)
+        if config.post_norms:
+            self.attention_post_norm = RmsNorm(config, config.hidden_size)
+            self.mlp_post_norm = RmsNorm(config, config.hidden_size)
 
     def packed(
-        self, x: Array, cos: Array, sin: Array, segment_ids: Array, branches: Array | None
+        self,
+        x: Array,
+        rotation: Rotation,
+        segment_ids: Array,
+        positions: Array,
+        branches: Array | None,
+        sliding: bool | Array,
     ) -> tuple[Array, KeyValue]:
         """Whole rows; returns ``x`` after the layer and its (key, value)."""
-        query, key, value = self.attention.project(self.attention_norm(x), cos, sin)
-        x = x + self.attention.merge(packed_attention(query, key, value, segment_ids, branches))
-        return x + self.mlp(self.mlp_norm(x)), KeyValue(key, value)
+        query, key, value = self.attention.project(self.attention_norm(x), rotation)
+        mixed = packed_attention(
+            query,
+            key,
+            value,
+            segment_ids,
+            branches,
+            positions=positions,
+            window=None if sliding is False else self.config.sliding_window,
+            sliding=sliding,
+            scale=self.config.attention_scale,
+            soft_cap=self.config.attention_soft_cap,
+        )
+        return self._rest(x, mixed), KeyValue(key, value)
 
     def decode(
         self,
         x: Array,
-        cos: Array,
-        sin: Array,
+        rotation: Rotation,
         prompt: KeyValue,
         lengths: Array,
         own: KeyValue,
         step: Array,
+        sliding: bool,
     ) -> tuple[Array, KeyValue]:
         """One token a sample; returns ``x`` after the layer, and ``own`` with the token in it."""
-        query, key, value = self.attention.project(self.attention_norm(x), cos, sin)
+        query, key, value = self.attention.project(self.attention_norm(x), rotation)
         insert = jax.lax.dynamic_update_index_in_dim
         own = KeyValue(insert(own.key, key, step, axis=3), insert(own.value, value, step, axis=3))
-        mixed = decode_attention(query, *prompt, lengths, *own, step)
-        x = x + self.attention.merge(mixed)
-        return x + self.mlp(self.mlp_norm(x)), own
+        mixed = decode_attention(
+            query,
+            *prompt,
+            lengths,
+            *own,
+            step,
+            window=self.config.sliding_window if sliding else None,
+            scale=self.config.attention_scale,
+            soft_cap=self.config.attention_soft_cap,
+        )
+        return self._rest(x, mixed), own
+
+    def _rest(self, x: Array, mixed: Array) -> Array:
+        """The layer after its attention."""
+        attended = self.attention.merge(mixed)
+        x = x + (self.attention_post_norm(attended) if self.config.post_norms else attended)
+        fed = self.mlp(self.mlp_norm(x))
+        return x + (self.mlp_post_norm(fed) if self.config.post_norms else fed)
 
 
 class Decoder(nnx.Module):
@@ -189,7 +235,7 @@ class Decoder(nnx.Module):
             return Block(config, layer_rngs)
 
         self.layers = stack(rngs)
-        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RmsNorm(config, config.hidden_size)
         if not config.tie_word_embeddings:
             self.head = Linear(
                 config.hidden_size, config.vocab_size, False, config.initializer_range, rngs
@@ -207,11 +253,13 @@ def _create(config: ModelConfig, key: Array) -> Params:
     return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(key))))
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Model:
     """The static half of a decoder; every method is a pure function of ``params``.
 
-    Hashable by its configuration, so it can be a static argument of jit or closed over.
+    Hashable by its configuration, so it can be a static argument of jit or closed over; also a
+    pytree without leaves, so it can be an ordinary one.
     """
 
     config: ModelConfig
@@ -224,7 +272,7 @@ class Model:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes()))
 
     def init(self, key: Array) -> Params:
-        """Random float32 parameters (normal, ``config.initializer_range``; norms one)."""
+        """Random float32 parameters (normal, ``config.initializer_range``); norms do nothing."""
         return _create(self.config, key)
 
     def bind(self, params: Params) -> Decoder:
@@ -248,28 +296,56 @@ class Model:
         dtype: jnp.dtype | type = jnp.float32,
         remat: str = "none",
     ) -> Float[Array, "rows length width"]:
-        """Normed hidden states of packed rows; ``logits = hidden @ head(params)``.
+        """Normed hidden states of packed rows; `logits` turns them into logits.
 
         Args:
             params: the parameter tree; cast to ``dtype`` layer by layer, never as a whole.
             tokens: token ids, int32.
             segment_ids: which sample each token belongs to; none is attended across samples.
-            positions: position within the sample.
+            positions: position within the sample, consecutive but for branches.
             branches: where several responses share one prompt, see `packed_attention`.
             dtype: compute dtype of products and activations.
             remat: ``none``, ``full`` (recompute each layer in the backward pass) or ``dots``
                 (keep the products with weights, recompute the rest).
         """
-        decoder = self.bind(params)
-        cos, sin = rotation(self.config, positions)
+        config, decoder = self.config, self.bind(params)
+        turns = rotations(config, positions)
         graph, layers = nnx.split(decoder.layers)
+        # Where layers differ, each learns its kind as it is scanned.
+        alike = len(set(config.sliding)) == 1
+        kinds = None if alike else jnp.asarray(config.sliding)
 
-        def body(x: Array, state: nnx.State) -> tuple[Array, None]:
+        def body(x: Array, layer: tuple[nnx.State, Array | None]) -> tuple[Array, None]:
+            state, kind = layer
+            sliding = config.sliding[0] if kind is None else kind
             block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
-            return block.packed(x, cos, sin, segment_ids, branches)[0], None
+            x, _ = block.packed(x, turns.of(sliding), segment_ids, positions, branches, sliding)
+            return x, None
 
         if remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-        x = jnp.take(decoder.embed.embedding[...], tokens, axis=0).astype(dtype)
-        x, _ = jax.lax.scan(body, x, layers)
+        x = embedded(config, decoder.embed.embedding[...], tokens, dtype)
+        x, _ = jax.lax.scan(body, x, (layers, kinds))
         return decoder.norm(x)
+
+    def logits(
+        self, params: Params, hidden: Float[Array, "*rows width"]
+    ) -> Float[Array, "*rows vocab"]:
+        """Logits in float32 of normed hidden states: the head, then the soft cap if there is one.
+
+        For many tokens use `montessori_jax.training.losses.cross_entropy`, which never holds all.
+        """
+        head = self.head(params).astype(hidden.dtype)
+        scores = jnp.dot(hidden, head, preferred_element_type=wide(hidden.dtype))
+        return soft_capped(scores, self.config.logit_soft_cap)
+
+
+def embedded(
+    config: ModelConfig,
+    embedding: Float[Array, "vocab width"],
+    tokens: Int[Array, "*rows"],
+    dtype: jnp.dtype | type,
+) -> Float[Array, "*rows width"]:
+    """What the first layer sees: each token's embedding, scaled where the family does so."""
+    x = jnp.take(embedding, tokens, axis=0).astype(dtype)
+    return x * jnp.asarray(math.sqrt(config.hidden_size), dtype) if config.scale_embeddings else x

@@ -178,7 +178,8 @@ def _read_llama(fields: Fields) -> ModelConfig:
         rope_scaling=scaling,
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=fields.switch("tie_word_embeddings", False),
-        attention_bias=fields.switch("attention_bias", False),
+        qkv_bias=fields.switch("attention_bias", False),
+        out_bias=fields.switch("attention_bias", False),
         mlp_bias=fields.switch("mlp_bias", False),
         hidden_act=ACTIVATIONS[activation],
         initializer_range=fields.number("initializer_range", 0.02),
@@ -211,7 +212,7 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
         "rope_scaling": scaling,
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": config.attention_bias,
+        "attention_bias": config.qkv_bias,
         "attention_dropout": 0.0,
         "mlp_bias": config.mlp_bias,
         "hidden_act": config.hidden_act,
@@ -232,7 +233,7 @@ def _linear(
 
 def _attention(part: str, ours: str) -> tuple[Row, Row]:
     name = f"model.layers.{{layer}}.self_attn.{part}"
-    return _linear(name, ("layers", "attention", ours), lambda config: config.attention_bias)
+    return _linear(name, ("layers", "attention", ours), lambda config: config.qkv_bias)
 
 
 def _mlp(part: str) -> tuple[Row, Row]:

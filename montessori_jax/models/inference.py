@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from montessori_jax.models.attention import soft_capped
 from montessori_jax.models.config import ModelConfig
 from montessori_jax.models.decoder import (
     Block,
@@ -22,9 +23,10 @@ from montessori_jax.models.decoder import (
     Model,
     Params,
     RmsNorm,
+    embedded,
     times_transposed,
 )
-from montessori_jax.models.rope import rotation
+from montessori_jax.models.rope import rotations
 
 Cache = tuple[KeyValue, ...]
 """One entry a layer. Of a prompt: ``[prompts, kv_heads, length, head_dim]``; of what is generated
@@ -65,11 +67,12 @@ def prefill(
     """Hidden state of each right-padded prompt's last token, and all its keys and values."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    cos, sin = rotation(model.config, positions)
-    x = jnp.take(weights["embedding"], tokens, axis=0)
+    turns = rotations(model.config, positions)
+    x = embedded(model.config, weights["embedding"], tokens, weights["embedding"].dtype)
     cache = []
-    for block in _blocks(model, weights):
-        x, (key, value) = block.packed(x, cos, sin, segments, None)
+    for block, sliding in zip(_blocks(model, weights), model.config.sliding, strict=True):
+        rotation = turns.of(sliding)
+        x, (key, value) = block.packed(x, rotation, segments, positions, None, sliding)
         cache.append(KeyValue(key.swapaxes(1, 2), value.swapaxes(1, 2)))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return _normed(model, weights, last), tuple(cache)
@@ -90,11 +93,13 @@ def decode(
     makes one).
     """
     positions = jnp.broadcast_to((lengths + step)[:, None], tokens.shape)
-    cos, sin = rotation(model.config, positions)
-    x = jnp.take(weights["embedding"], tokens, axis=0)
+    turns = rotations(model.config, positions)
+    x = embedded(model.config, weights["embedding"], tokens, weights["embedding"].dtype)
     after = []
-    for block, prompt_layer, own_layer in zip(_blocks(model, weights), prompt, own, strict=True):
-        x, own_layer = block.decode(x, cos, sin, prompt_layer, lengths, own_layer, step)
+    layers = zip(_blocks(model, weights), prompt, own, model.config.sliding, strict=True)
+    for block, prompt_layer, own_layer, sliding in layers:
+        rotation = turns.of(sliding)
+        x, own_layer = block.decode(x, rotation, prompt_layer, lengths, own_layer, step, sliding)
         after.append(own_layer)
     return _normed(model, weights, x), tuple(after)
 
@@ -104,7 +109,8 @@ def logits(
 ) -> Float[Array, "*rows vocab"]:
     """Float32 logits of normed hidden states."""
     head = weights["embedding" if model.config.tie_word_embeddings else "head"]
-    return times_transposed(hidden, head, preferred_element_type=jnp.float32)
+    scores = times_transposed(hidden, head, preferred_element_type=jnp.float32)
+    return soft_capped(scores, model.config.logit_soft_cap)
 
 
 def empty_cache(
@@ -130,7 +136,7 @@ def _define(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.GraphDef]:
         return module
 
     def norm() -> RmsNorm:
-        return RmsNorm(config.hidden_size, config.rms_norm_eps)
+        return RmsNorm(config, config.hidden_size)
 
     return nnx.split(nnx.eval_shape(block))[0], nnx.split(nnx.eval_shape(norm))[0]
 

@@ -1,5 +1,7 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864), in the half-split layout of Llama."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -8,22 +10,49 @@ from montessori_jax.models.attention import wide
 from montessori_jax.models.config import ModelConfig
 
 
-def inverse_frequencies(config: ModelConfig) -> np.ndarray:
+class Rotation(NamedTuple):
+    """Cosine and sine of the angles at each position: ``[*batch, head_dim / 2]``, float32."""
+
+    cos: Array
+    sin: Array
+
+
+class Rotations(NamedTuple):
+    """The rotations of a model's layers; ``local`` where sliding layers have one of their own."""
+
+    usual: Rotation
+    local: Rotation | None
+
+    def of(self, sliding: bool | Array) -> Rotation:
+        """A layer's rotation; whether it slides may be known at run time only."""
+        if self.local is None:
+            return self.usual
+        if isinstance(sliding, bool):
+            return self.local if sliding else self.usual
+        return Rotation(
+            *(jnp.where(sliding, *pair) for pair in zip(self.local, self.usual, strict=True))
+        )
+
+
+def inverse_frequencies(config: ModelConfig, *, local: bool = False) -> np.ndarray:
     """Angular frequencies in radians a position, float32 ``[head_dim / 2]``.
 
     ``theta ** (-2 i / head_dim)``, then the scaling of ``config.rope_scaling``. For ``llama3``
     wavelengths above ``original / low_freq_factor`` are divided by ``factor``, those below
     ``original / high_freq_factor`` are kept, and a linear ramp in ``original / wavelength`` joins
-    the two (the rule that Llama 3.1 published with its weights).
+    the two (the rule that Llama 3.1 published with its weights). ``local`` asks for those of
+    sliding layers: another base, where the configuration has one, and then no scaling.
 
     Rounded to float32 after each operation, as the models were trained: at position 8,192 the last
     bit of a frequency is worth 5e-4 radians. The power alone is computed in float64, since
     float32 powers differ in that bit from one machine to the next.
     """
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if local and config.local_rope_theta is not None:
+        theta, scaling = config.local_rope_theta, None
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    power = np.power(np.float64(np.float32(config.rope_theta)), exponent.astype(np.float64))
+    power = np.power(np.float64(np.float32(theta)), exponent.astype(np.float64))
     frequency = np.float32(1.0) / power.astype(np.float32)
-    scaling = config.rope_scaling
     if scaling is None:
         return frequency
     if scaling.kind == "linear":
@@ -40,14 +69,21 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     return scaled.astype(np.float32)
 
 
-def rotation(
-    config: ModelConfig, positions: Int[Array, "*batch"]
-) -> tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]:
-    """Cosine and sine of the rotation at each position, float32 whatever the compute dtype."""
-    angle = positions[..., None].astype(jnp.float32) * inverse_frequencies(config).reshape(
-        (1,) * positions.ndim + (-1,)
+def rotations(config: ModelConfig, positions: Int[Array, "*batch"]) -> Rotations:
+    """Every rotation that the layers of ``config`` need at ``positions``."""
+    separate = config.local_rope_theta is not None and any(config.sliding)
+    return Rotations(
+        rotation(config, positions), rotation(config, positions, local=True) if separate else None
     )
-    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotation(
+    config: ModelConfig, positions: Int[Array, "*batch"], *, local: bool = False
+) -> Rotation:
+    """Cosine and sine of the rotation at each position, float32 whatever the compute dtype."""
+    frequencies = inverse_frequencies(config, local=local).reshape((1,) * positions.ndim + (-1,))
+    angle = positions[..., None].astype(jnp.float32) * frequencies
+    return Rotation(jnp.cos(angle), jnp.sin(angle))
 
 
 def rotate(

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from montessori_jax.data.packing import Batch
 from montessori_jax.models import Model, Params
-from montessori_jax.models.attention import wide
+from montessori_jax.models.attention import soft_capped, wide
 
 # Tokens whose logits exist at one time; 256 x 128K vocabulary x 4 bytes is 131 MB.
 CHUNK = 256
@@ -19,17 +19,19 @@ def cross_entropy(
     head: Float[Array, "width vocab"],
     targets: Int[Array, " tokens"],
     *,
+    soft_cap: float | None = None,
     chunk: int = CHUNK,
 ) -> Float[Array, " tokens"]:
     """Negative log-likelihood of each target in nats, never ``[tokens, vocab]`` at once.
 
-    ``logsumexp(h W) - (h W)[target]`` in chunks of tokens, each recomputed in the backward pass.
+    ``logsumexp(z) - z[target]`` with logits ``z = cap(h W)`` in chunks of tokens, each recomputed in the backward pass.
     Made of plain differentiable pieces, so that `jax.jvp` and `jax.grad` both pass through.
 
     Args:
         hidden: in the compute dtype; the products are taken in it and summed in float32.
         head: output projection; its gradient has its own dtype, float32 for master weights.
         targets: token ids below ``vocab``.
+        soft_cap: of the logits, see `soft_capped`; None for families without one.
         chunk: tokens whose logits exist at one time.
 
     Returns:
@@ -47,6 +49,7 @@ def cross_entropy(
         # Cast in here, so that the head's gradient is summed over chunks in the head's own dtype.
         kernel = head.astype(states.dtype)
         logits = jnp.dot(states, kernel, preferred_element_type=wide(states.dtype))
+        logits = soft_capped(logits, soft_cap)
         picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
         return jax.nn.logsumexp(logits, axis=-1) - picked
 
@@ -73,7 +76,10 @@ def token_losses(
     )
     states = jnp.take_along_axis(hidden, batch.target_positions[..., None], axis=1)
     flat = cross_entropy(
-        states.reshape(-1, states.shape[-1]), model.head(params), batch.targets.reshape(-1)
+        states.reshape(-1, states.shape[-1]),
+        model.head(params),
+        batch.targets.reshape(-1),
+        soft_cap=model.config.logit_soft_cap,
     )
     return flat.reshape(batch.targets.shape)
 

@@ -13,6 +13,20 @@ from montessori_jax.models.families import family_of
 from tests.models.tiny import CONFIG, jax_logits, relative_error, tokens_for
 
 BASE = family_of(CONFIG | {"attention_bias": True, "mlp_bias": True}, "x")
+# Everything that any family has, at once.
+RICH = replace(
+    BASE,
+    local_rope_theta=100.0,
+    zero_centered_norms=True,
+    qk_norm=True,
+    post_norms=True,
+    scale_embeddings=True,
+    query_pre_attn_scalar=5,
+    attention_soft_cap=1.0,
+    logit_soft_cap=2.0,
+    sliding_window=6,
+    sliding_layers=(True, False),
+)
 
 
 def random_params(config: ModelConfig, seed: int = 0):
@@ -84,9 +98,20 @@ FIELDS = {
     "rope_scaling": (RopeScaling("linear", 2.0), "logits"),
     "rms_norm_eps": (1e-2, "logits"),
     "tie_word_embeddings": (True, "shapes"),
-    "attention_bias": (False, "shapes"),
+    "qkv_bias": (False, "shapes"),
+    "out_bias": (False, "shapes"),
     "mlp_bias": (False, "shapes"),
+    "qk_norm": (False, "shapes"),
+    "post_norms": (False, "shapes"),
     "hidden_act": ("relu", "logits"),
+    "local_rope_theta": (200.0, "logits"),
+    "zero_centered_norms": (False, "logits"),
+    "scale_embeddings": (False, "logits"),
+    "query_pre_attn_scalar": (7, "logits"),
+    "attention_soft_cap": (0.5, "logits"),
+    "logit_soft_cap": (None, "logits"),
+    "sliding_window": (5, "logits"),
+    "sliding_layers": ((True, True, False), "logits"),
     "initializer_range": (0.03, "init"),
     "max_position_embeddings": (64, "export"),
     "family": ("another", "export"),
@@ -98,16 +123,16 @@ def test_every_field_is_read(name: str):
     value, changes = FIELDS[name]  # a new field must be added there
     if changes == "export":
         return
-    other = Model(replace(BASE, **{name: value}))
+    model, other = Model(RICH), Model(replace(RICH, **{name: value}))
     if changes == "shapes":
-        shapes = [jax.tree.map(lambda leaf: leaf.shape, m.shapes()) for m in (Model(BASE), other)]
+        shapes = [jax.tree.map(lambda leaf: leaf.shape, m.shapes()) for m in (model, other)]
         assert shapes[0] != shapes[1]
     elif changes == "init":
-        one, two = (m.init(jax.random.key(0))["embed"]["embedding"] for m in (Model(BASE), other))
+        one, two = (m.init(jax.random.key(0))["embed"]["embedding"] for m in (model, other))
         np.testing.assert_allclose(two, one * (0.03 / 0.02), rtol=1e-5)
     else:
-        params, tokens = random_params(BASE), tokens_for(CONFIG)
-        before, after = (jax_logits(m, params, tokens) for m in (Model(BASE), other))
+        params, tokens = random_params(RICH), tokens_for(CONFIG)
+        before, after = (jax_logits(m, params, tokens) for m in (model, other))
         assert relative_error(after, before) > 1e-3
 
 

@@ -94,7 +94,7 @@ def jax_logits(
     hidden = model.hidden(
         params, tokens.astype(np.int32), np.ones_like(tokens, np.int32), positions.astype(np.int32)
     )
-    return np.asarray(hidden @ model.head(params))
+    return np.asarray(model.logits(params, hidden))
 
 
 def tokens_for(config: dict[str, Any], rows: int = 2, length: int = 96) -> np.ndarray:
