@@ -4,22 +4,22 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 
 from montessori_jax.errors import UserError
 from montessori_jax.models.decoder import Model, Params
 from montessori_jax.models.families import TOKEN_IDS, family_of, to_hf_config
 from montessori_jax.models.loaded import LoadedModel, fingerprint
+from montessori_jax.models.shards import Shards, write_shard
 from montessori_jax.models.tokenizer import load_tokenizer, save_tokenizer
-from montessori_jax.models.weights import from_params, stored_shapes, to_params
+from montessori_jax.models.weights import stored_shapes, stored_views, to_params
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -27,7 +27,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL_FILES = (CONFIG, GENERATION, "tokenizer*", "special_tokens_map.json", "added_tokens.json",
                "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-# Shards are built in memory one at a time: this much beside the parameters.
+# Small enough to be copied about; memory does not depend on it, for tensors are streamed.
 SHARD_BYTES = 2 * 1024**3
 
 
@@ -35,6 +35,9 @@ def load_folder(
     path: str | Path, *, name: str | None = None, dtype: jnp.dtype | type = jnp.float32
 ) -> LoadedModel:
     """Read a Hugging Face folder: safetensors (one file or shards), config and tokenizer.
+
+    Files are mapped and read once, tensor by tensor, straight into the parameters: on a CPU the
+    peak is the parameters and one tensor, on an accelerator the host holds one tensor.
 
     Args:
         path: the folder.
@@ -51,7 +54,7 @@ def load_folder(
     config = family_of(config_json, str(folder / CONFIG))
     files = _weight_files(folder)
     tokenizer = load_tokenizer(folder)
-    params = to_params(config, SafetensorFiles(files), dtype=dtype, origin=str(folder))
+    params = to_params(config, Shards(files), dtype=dtype, origin=str(folder))
     generation = {key: config_json[key] for key in TOKEN_IDS if config_json.get(key) is not None}
     if (folder / GENERATION).is_file():
         generation |= _read_json(folder / GENERATION, "")
@@ -132,41 +135,6 @@ def save_folder(
         raise UserError(f"{target}: cannot be written: {reason}; nothing was left there") from None
 
 
-class SafetensorFiles(Mapping[str, np.ndarray]):
-    """The tensors of several safetensors files, each read when it is asked for."""
-
-    def __init__(self, files: list[Path]):
-        self._home: dict[str, tuple[Path, Any]] = {}
-        for file in files:
-            try:
-                handle = safe_open(file, framework="numpy")
-                self._home |= dict.fromkeys(handle.keys(), (file, handle))
-            except (SafetensorError, OSError) as error:
-                raise _broken(file, error) from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._home)
-
-    def __len__(self) -> int:
-        return len(self._home)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        file, handle = self._home[name]
-        try:
-            return handle.get_tensor(name)
-        except (SafetensorError, OSError, TypeError) as error:
-            raise _broken(file, error) from None
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the file's header."""
-        return tuple(self._home[name][1].get_slice(name).get_shape())
-
-
-def _broken(file: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
-    return UserError(f"{file}: cannot be read as safetensors ({reason}); copy or download it again")
-
-
 def _read_json(file: Path, hint: str) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -210,25 +178,23 @@ def _weight_files(folder: Path) -> list[Path]:
 def _write_shards(
     folder: Path, model: Model, params: Params, dtype: np.dtype, max_bytes: int
 ) -> None:
-    shards: list[list[str]] = [[]]
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
     room, total = max_bytes, 0
     for name, shape in stored_shapes(model.config).items():
         needed = math.prod(shape) * dtype.itemsize
         if shards[-1] and needed > room:
-            shards.append([])
+            shards.append({})
             room = max_bytes
-        shards[-1].append(name)
+        shards[-1][name] = shape
         room -= needed
         total += needed
     count = len(shards)
     files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     if count == 1:
         files = [SINGLE]
-    tensors = from_params(model.config, params)
-    for file, names in zip(files, shards, strict=True):
-        # The format holds raw memory, so every array must be contiguous (from_params sees to it).
-        held = {name: next(tensors)[1].astype(dtype, copy=False) for name in names}
-        save_file(held, folder / file, metadata={"format": "pt"})
+    tensors = stored_views(model.config, params)
+    for file, shapes in zip(files, shards, strict=True):
+        write_shard(folder / file, shapes, tensors, dtype)
     if count > 1:
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})

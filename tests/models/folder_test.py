@@ -232,7 +232,7 @@ class TestFullDisk:
         def interrupted(*args: object, **options: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(folder_module, "save_file", interrupted)
+        monkeypatch.setattr(folder_module, "write_shard", interrupted)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path / "out", loaded)
         assert list(tmp_path.iterdir()) == []
