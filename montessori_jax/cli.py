@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -162,13 +163,21 @@ def _rows_wanted(parsed: argparse.Namespace, given: int | None, name: str) -> in
     return given or (_base(parsed).get("data") or {}).get(name)
 
 
-def _work(parsed: argparse.Namespace, stop: Any, folder: Path, stage: str) -> Any:
+def _work(
+    parsed: argparse.Namespace, stop: Any, folder: Path, stage: str, logs: Path | None = None
+) -> Any:
+    """``logs`` is where a tracker's files go, if not into ``folder``."""
     from montessori_jax.costs import Meter
+    from montessori_jax.trackers import Tracking, check_tracker
     from montessori_jax.work import Work
 
+    base = build(RunConfig, _base(parsed), parsed.config or "command line")
+    check_tracker(base.tracker)
+    logs = (logs or folder).resolve()
     return Work(
         folder=folder,
-        seed=_base(parsed).get("seed", 0) if parsed.seed is None else parsed.seed,
+        tracking=Tracking(base.tracker, base.tracker_project, logs.name, stage, logs),
+        seed=base.seed if parsed.seed is None else parsed.seed,
         meter=Meter(None, stage),
         stop=stop,
         quiet=parsed.quiet,
@@ -498,7 +507,10 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("--student", help=MODEL)
     parser.add_argument("--heldout", help=ROWS)
-    parser.add_argument("--out", help="write the result as JSON to this file as well")
+    parser.add_argument(
+        "--out",
+        help="write the result as JSON to this file as well, and a line of metrics beside it",
+    )
     parser.add_argument(
         "--num-heldout",
         type=_count,
@@ -516,7 +528,8 @@ def _evaluate(parsed: argparse.Namespace, stop: Any) -> None:
     base = build(RunConfig, _base(parsed), parsed.config or "command line")
     settings = settings_from(parsed, EvaluationConfig, _section(parsed, "evaluation"))
     with tempfile.TemporaryDirectory() as folder:
-        work = _work(parsed, stop, Path(folder), "evaluate")
+        logs = Path(parsed.out or "evaluation.json").parent
+        work = _work(parsed, stop, Path(folder), "evaluate", logs)
         result = evaluate(
             load_model(parsed.student or base.student),
             parsed.heldout or base.data.heldout,
@@ -524,8 +537,10 @@ def _evaluate(parsed: argparse.Namespace, stop: Any) -> None:
             work,
             num_heldout=_rows_wanted(parsed, parsed.num_heldout, "num_heldout"),
         )
-    if parsed.out:
-        write_json(Path(parsed.out), result)
+        if parsed.out:
+            write_json(Path(parsed.out), result)
+            beside = Path(parsed.out).with_suffix(".metrics.jsonl")
+            shutil.copyfile(work.file("metrics.jsonl"), beside)
     loss = result["reference_loss"]
     print(
         f"held-out reference loss {with_error(loss, 5)} on "

@@ -254,6 +254,14 @@ class RunConfig:
     method: Literal["montessori"] = setting("montessori", "which method the loop follows")
     iterations: int = setting(2, "times round the loop", ge=1)
     seed: int = setting(0, "every random draw is keyed by it", ge=0)
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
+        "none", "where metrics go besides metrics.jsonl; needs montessori-jax[trackers]"
+    )
+    tracker_project: str = setting("montessori", "what wandb and trackio call the project")
+    push_to_hub: str = setting(
+        "", "org/prefix: data sets and models are pushed there as they are made; empty: not"
+    )
+    push_private: bool = setting(True, "repositories that the push makes are private")
     compare_self_instruct: bool = setting(
         True, "also train a student on the untuned teacher's data with the same budget"
     )

@@ -14,6 +14,7 @@ from montessori_jax.config import RunConfig
 from montessori_jax.costs import Meter, describe_cost
 from montessori_jax.data.rows import read_rows
 from montessori_jax.data.tables import read_table
+from montessori_jax.hub import check_hub, push_stage
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.models.sources import load_model, model_fingerprint
 from montessori_jax.report import lines
@@ -30,6 +31,7 @@ from montessori_jax.stages.preferences import preferences
 from montessori_jax.stages.similarity import compare_texts
 from montessori_jax.stages.split import split_candidates
 from montessori_jax.stopping import Stop
+from montessori_jax.trackers import Tracking, check_tracker
 from montessori_jax.work import Work
 
 Result = dict[str, Any]
@@ -69,19 +71,34 @@ class Loop:
         done = folder.result()
         if done is not None:
             self.say(f"{full}: done before: {line(done)}")
+            self.push(full, folder.path)
             return done
         self.stop.check()
         meter = Meter(self.directory.path / "costs.jsonl", full)
         seed = derive_seed(self.config.seed, self.iteration, draws or name)
         finished = False
         try:
-            result = body(Work(folder.path, seed, meter, self.stop, self.say, self.quiet))
+            tracking = self.tracking(full)
+            result = body(Work(folder.path, seed, meter, self.stop, self.say, self.quiet, tracking))
             finished = True
         finally:
             cost = meter.close(finished)
         folder.finish(result)
         self.say(f"{full}: {line(result)}  ({describe_cost(cost)})")
+        self.push(full, folder.path)
         return result
+
+    def tracking(self, stage: str) -> Tracking:
+        """Where the stage's metrics go besides their file."""
+        path = self.directory.path
+        kind, project = self.config.tracker, self.config.tracker_project
+        return Tracking(kind, project, path.resolve().name, stage, path / "tracker")
+
+    def push(self, stage: str, folder: Path) -> None:
+        """Push what a finished stage made, if that is asked for and not done yet."""
+        prefix = self.config.push_to_hub
+        if prefix:
+            push_stage(folder, stage, prefix, private=self.config.push_private, say=self.say)
 
 
 def run_iteration(loop: Loop, teacher: str) -> str:
@@ -198,6 +215,8 @@ def run(config: RunConfig, *, say: Say, stop: Stop, quiet: bool = False) -> dict
 
     Returns the summary, which is also written to ``summary.json`` and ``report.md``.
     """
+    check_tracker(config.tracker)
+    check_hub(config.push_to_hub)
     directory = RunDirectory.create(config, inputs_of(config))
     with directory.locked():
         teacher = config.teacher

@@ -23,8 +23,10 @@ from montessori_jax.errors import UserError
 
 MARKER = "done.json"
 # May differ between the runs that share a directory: where it is, how far to go, how often to
-# save. Everything else decides what the artifacts hold.
-FREE_KEYS = ("run_dir", "iterations")
+# save, who is told. Everything else decides what the artifacts hold.
+FREE_KEYS = frozenset(
+    ["run_dir", "iterations", "tracker", "tracker_project", "push_to_hub", "push_private"]
+)
 FREE_LEAVES = ("checkpoint_every",)
 # Sections that decide one stage (and those after it) may change until that stage is done.
 STAGE_OF = {

@@ -10,7 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from montessori_jax.costs import Meter
+from montessori_jax.metrics import MetricsFile
 from montessori_jax.stopping import Stop
+from montessori_jax.trackers import Tracking
 
 # Training states of a stage in progress: a name that no user's folder has.
 CHECKPOINTS = ".montessori-checkpoints"
@@ -72,6 +74,11 @@ class Work:
     stop: Stop = field(default_factory=Stop)
     say: Callable[[str], None] = print
     quiet: bool = False
+    tracking: Tracking = field(default_factory=Tracking)
+
+    def metrics(self) -> MetricsFile:
+        """The stage's ``metrics.jsonl``, whose rows go to the run's tracker too."""
+        return MetricsFile(self.file("metrics.jsonl"), self.tracking, self.say)
 
     def bar(self, total: int, unit: str, label: str, done: int = 0) -> Progress:
         """Progress of one part of the stage."""

@@ -131,15 +131,25 @@ def write_dataset_card(
       UserError: see :func:`open_atomically`.
       ValueError: there are no rows, a column is not described, or a described one is absent.
     """
+    return write_dataset_parts(folder, {"data": rows}, card)
+
+
+def write_dataset_parts(
+    folder: str | Path, parts: Mapping[str, Sequence[Mapping[str, Any]]], card: DatasetCard
+) -> Path:
+    """As :func:`write_dataset_card`, one ``NAME.parquet`` a part; several parts are splits.
+
+    Every part has the columns that the card describes, none has more.
+    """
     folder = Path(folder)
-    schema = _table(rows).schema
+    schema = _table([row for rows in parts.values() for row in rows]).schema
     if set(schema.names) != set(card.columns):
         differing = sorted(set(schema.names) ^ set(card.columns))
         raise ValueError(f"columns and their descriptions differ in: {', '.join(differing)}")
     types = {name: str(schema.field(name).type) for name in schema.names}
-    count = write_parquet(folder / "data.parquet", rows)
+    counts = {name: write_parquet(folder / f"{name}.parquet", rows) for name, rows in parts.items()}
     with open_atomically(folder / "README.md") as file:
-        file.write(_card_text(card, types, count).encode("utf-8"))
+        file.write(_card_text(card, types, counts).encode("utf-8"))
     return folder
 
 
@@ -159,11 +169,18 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
     return pa.table(columns)
 
 
-def _card_text(card: DatasetCard, types: Mapping[str, str], count: int) -> str:
+def _card_text(card: DatasetCard, types: Mapping[str, str], rows: Mapping[str, int]) -> str:
     head = ["---"]
     if card.license is not None:
         head.append(f"license: {json.dumps(card.license)}")
-    head += ["configs:", "- config_name: default", "  data_files: data.parquet", "---", ""]
+    head += ["configs:", "- config_name: default"]
+    if len(rows) == 1:
+        head += [f"  data_files: {name}.parquet" for name in rows]
+    else:
+        head += ["  data_files:"]
+        for name in rows:
+            head += [f"  - split: {name}", f"    path: {name}.parquet"]
+    head += ["---", ""]
     parts = [*head, f"# {_plain(card.title)}", "", card.description.strip(), "", "## Columns", ""]
     parts += _markdown_table(
         ("column", "type", "meaning"),
@@ -176,7 +193,8 @@ def _card_text(card: DatasetCard, types: Mapping[str, str], count: int) -> str:
         parts += ["## Models", ""]
         parts += [f"- {_plain(part)}: `{_plain(model)}`" for part, model in card.models.items()]
         parts += [""]
-    counts = {"rows": count, **card.counts}
+    label = "rows" if len(rows) == 1 else "rows of {}"
+    counts = {**{label.format(name): count for name, count in rows.items()}, **card.counts}
     parts += ["## Counts", ""]
     parts += _markdown_table(
         ("what", "number"), [(what, f"{number:,}") for what, number in counts.items()]

@@ -8,7 +8,6 @@ from montessori_jax.config import DpoConfig, as_dict
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.tables import Table, read_table
 from montessori_jax.errors import UserError
-from montessori_jax.metrics import MetricsFile
 from montessori_jax.models.folder import save_folder
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.runs import remove_tree
@@ -117,14 +116,14 @@ def dpo(
     # The reference's pass over every pair, the tuned teacher's over the held-out ones.
     passes = sum(pair.length for pair in (*everything, *held))
     work.meter.count(flops=2.0 * parameters * passes)
-    metrics = MetricsFile(work.file("metrics.jsonl"))
+    metrics = work.metrics()
     bar = work.bar(0, "step", "dpo")
 
     def record(row: dict[str, Any]) -> None:
         metrics.write(row)
         work.meter.count(trained_tokens=row["tokens"], flops=6.0 * parameters * row["tokens"])
 
-    with bar:
+    with bar, metrics:
         state = train_dpo(
             model,
             teacher.params,

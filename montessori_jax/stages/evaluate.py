@@ -1,4 +1,4 @@
-"""Stage: how good a student is. Writes ``evaluation.json``."""
+"""Stage: how good a student is. Writes ``evaluation.json`` and a line of ``metrics.jsonl``."""
 
 from typing import Any
 
@@ -35,4 +35,10 @@ def evaluate(
             flops=2.0 * student.model.parameter_count() * encoded.tokens,
         )
     write_json(work.file("evaluation.json"), result)
+    row: dict[str, Any] = {
+        name: {key: value for key, value in result[name].items() if isinstance(value, int | float)}
+        for name in settings.evaluations
+    }
+    with work.metrics() as metrics:
+        metrics.write({"step": 0, **row})
     return result

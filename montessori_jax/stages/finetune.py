@@ -10,7 +10,6 @@ from montessori_jax.config import OptimizerConfig, SftConfig, WarmupConfig, as_d
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.encode import EncodedRows, encode_rows
 from montessori_jax.data.rows import read_rows
-from montessori_jax.metrics import MetricsFile
 from montessori_jax.models.folder import save_folder
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.runs import remove_tree
@@ -62,7 +61,7 @@ def _train(
 ) -> tuple[TrainState, dict[str, Any], int]:
     chat = ChatFormat.of(student)
     encoded = encode_rows(read_rows(data), chat, settings.max_length, limit=settings.rows)
-    metrics = MetricsFile(work.file("metrics.jsonl"))
+    metrics = work.metrics()
     bar = work.bar(0, "step", "training")
 
     def record(row: dict[str, Any]) -> None:
@@ -72,7 +71,7 @@ def _train(
             flops=6.0 * student.model.parameter_count() * row["tokens"],
         )
 
-    with bar:
+    with bar, metrics:
         state = train_sft(
             student.model,
             student.params,

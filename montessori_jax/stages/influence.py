@@ -15,12 +15,31 @@ from montessori_jax.data.chat import ChatFormat, EncodedChat
 from montessori_jax.data.encode import EncodedRows, encode_each, encode_rows
 from montessori_jax.data.overlap import warn_about_overlaps
 from montessori_jax.data.rows import Row, RowFile, read_rows
-from montessori_jax.data.writing import write_jsonl, write_parquet
+from montessori_jax.data.writing import (
+    DatasetCard,
+    write_dataset_parts,
+    write_jsonl,
+    write_parquet,
+)
 from montessori_jax.errors import UserError
 from montessori_jax.influence import Score, audit_scores, score_candidates
 from montessori_jax.runs import Journal, value_hash
 from montessori_jax.stages.student import ProbeStudent, open_student
 from montessori_jax.work import Work
+
+COLUMNS = {
+    "index": "the candidate's place in its file, from 0",
+    "id": "the candidate's name",
+    "influence": "reference loss before minus after one step on the candidate, in nats; positive "
+    "helps; null where it could not be measured",
+    "reference_loss_before": "nats a response token, of the student as it is",
+    "reference_loss_after": "the same after the step, where the estimator measures it",
+    "offset": "influence of the step with a zero gradient, which all candidates share",
+    "standard_error": "of the influence, where the estimator samples",
+    "candidate_loss": "the student's loss on the candidate before the step, in nats a token",
+    "estimator": "how the influence was measured",
+    "reason": "why there is none",
+}
 
 
 def influence(
@@ -37,13 +56,22 @@ def influence(
 
     A candidate that cannot be scored has ``influence`` null and a ``reason``.
 
+    Args:
+        student: a warmed-up student's folder, or the name of a model.
+        candidates: rows to score.
+        reference: rows that influence is measured on.
+        settings: method, probe step and numerics.
+        work: where to write.
+        num_reference: how many of the reference rows are used, the first ones; all by default.
+        out: the scores' file; by default the data set ``scores.parquet`` with a card in the
+            stage's folder.
+
     Returns:
         Counts, the share of positive scores, the shared step's part and the audit.
 
     Raises:
         UserError: an input is missing or has no usable row, or the reference loss is not finite.
     """
-    out = work.file("scores.parquet") if out is None else out
     probe = open_student(student, settings)
     if not probe.warm and settings.optimizer == "adamw":
         work.say(
@@ -85,7 +113,11 @@ def influence(
                 * (2.0 * references.tokens + checked.count * (6.0 * mean + 2.0 * references.tokens))
             )
     table = _table(source, rows, scores, reasons)
-    write_scores(out, table)
+    if out is None:
+        card = _card(settings, probe, len(references.chats), work.seed)
+        write_dataset_parts(work.folder, {"scores": table}, card)
+    else:
+        write_scores(out, table)
     return {
         **_counts(table, candidates),
         "references": len(references.chats),
@@ -161,6 +193,25 @@ def _table(
             }
         )
     return table
+
+
+def _card(
+    settings: InfluenceConfig, probe: ProbeStudent, references: int, seed: int
+) -> DatasetCard:
+    return DatasetCard(
+        title="Local data influence of candidates on a student",
+        description="How much one optimizer step on each candidate alone lowers a student's loss "
+        "on a reference set (arXiv 2410.14208).",
+        columns=COLUMNS,
+        made=(
+            f"a probe step of {settings.optimizer} at learning rate {probe.learning_rate:.4g} on "
+            "each candidate",
+            f"influence by the estimator '{settings.method}' on {references} reference rows",
+        ),
+        counts={"reference rows": references},
+        seed=seed,
+        models={"student": probe.loaded.name},
+    )
 
 
 def _counts(table: Sequence[dict[str, Any]], candidates: str) -> dict[str, Any]:
