@@ -103,10 +103,13 @@ def write_parquet(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> int:
       UserError: see :func:`open_atomically`.
       ValueError: there are no rows, or a column mixes types that Parquet cannot hold together.
     """
+    return _write_table(path, _table(rows))
+
+
+def _write_table(path: str | Path, table: Any) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = _table(rows)
     with open_atomically(path) as file:
         try:
             pq.write_table(table, file, compression="zstd")
@@ -139,15 +142,19 @@ def write_dataset_parts(
 ) -> Path:
     """As :func:`write_dataset_card`, one ``NAME.parquet`` a part; several parts are splits.
 
-    Every part has the columns that the card describes, none has more.
+    All parts have all columns, of one type each: what loads data sets wants splits alike.
     """
     folder = Path(folder)
-    schema = _table([row for rows in parts.values() for row in rows]).schema
+    whole = _table([row for rows in parts.values() for row in rows])
+    schema = whole.schema
     if set(schema.names) != set(card.columns):
         differing = sorted(set(schema.names) ^ set(card.columns))
         raise ValueError(f"columns and their descriptions differ in: {', '.join(differing)}")
     types = {name: str(schema.field(name).type) for name in schema.names}
-    counts = {name: write_parquet(folder / f"{name}.parquet", rows) for name, rows in parts.items()}
+    counts: dict[str, int] = {}
+    for name, rows in parts.items():
+        part = whole.slice(sum(counts.values()), len(rows))
+        counts[name] = _write_table(folder / f"{name}.parquet", part)
     with open_atomically(folder / "README.md") as file:
         file.write(_card_text(card, types, counts).encode("utf-8"))
     return folder

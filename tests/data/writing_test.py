@@ -15,6 +15,7 @@ from montessori_jax.data.rows import read_rows
 from montessori_jax.data.writing import (
     DatasetCard,
     write_dataset_card,
+    write_dataset_parts,
     write_jsonl,
     write_parquet,
 )
@@ -244,3 +245,15 @@ class TestDatasetCard:
         with pytest.raises(ValueError, match="descriptions differ in: kept, new"):
             write_dataset_card(tmp_path / "set", [{**ROWS[0], "new": 1}], CARD)
         assert not (tmp_path / "set").exists()
+
+    def test_parts_load_as_splits(self, tmp_path: Path) -> None:
+        import datasets
+
+        parts = {"warmup": ROWS[:1], "probing": ROWS}
+        folder = write_dataset_parts(tmp_path / "set", parts, CARD)
+        loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+        assert {name: part.num_rows for name, part in loaded.items()} == {"warmup": 1, "probing": 2}
+        assert loaded["probing"]["id"][:] == ["a", "b"]
+        text = (folder / "README.md").read_text()
+        assert "| rows of warmup | 1 |" in text
+        assert "| rows of probing | 2 |" in text
