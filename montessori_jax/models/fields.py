@@ -1,5 +1,6 @@
 """Reading a configuration file so that no key of it is lost unnoticed."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +28,23 @@ class Fields:
     def count(self, key: str, default: int | None = None) -> int:
         """A positive whole number; an error where it is missing and has no default."""
         return self._get(key, default, "a whole number above 0", lambda v: type(v) is int and v > 0)
+
+    def whole(self, key: str, default: int) -> int:
+        """A whole number, 0 among them."""
+        wanted = "a whole number, 0 or above"
+        return self._get(key, default, wanted, lambda v: type(v) is int and v >= 0)
+
+    def optional_count(self, key: str, default: int | None) -> int | None:
+        """A positive whole number or null, which is not the same as a key that is missing."""
+        return None if self._null(key, default) else self.count(key, default)
+
+    def optional_number(self, key: str, default: float | None) -> float | None:
+        """A finite positive number or null, which is not the same as a key that is missing."""
+        return None if self._null(key, default) else self.number(key, default)
+
+    def _null(self, key: str, default: Any) -> bool:
+        self.known.add(key)
+        return self.values.get(key, default) is None
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite positive number."""
@@ -66,3 +84,12 @@ class Fields:
             for key, value in self.values.items()
             if key not in self.known and value is not None
         ]
+
+
+def warn_unread(origin: str, keys: list[str]) -> None:
+    """Name the keys of a file that nothing read."""
+    if keys:
+        named = ", ".join(sorted(keys))
+        warnings.warn(
+            f"{origin}: not read, in case they matter to this model: {named}", stacklevel=3
+        )

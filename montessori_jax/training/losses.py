@@ -24,7 +24,8 @@ def cross_entropy(
 ) -> Float[Array, " tokens"]:
     """Negative log-likelihood of each target in nats, never ``[tokens, vocab]`` at once.
 
-    ``logsumexp(z) - z[target]`` with logits ``z = cap(h W)`` in chunks of tokens, each recomputed in the backward pass.
+    ``logsumexp(z) - z[target]``, logits ``z = cap(h W)``, in chunks of tokens that are computed
+    again in the backward pass.
     Made of plain differentiable pieces, so that `jax.jvp` and `jax.grad` both pass through.
 
     Args:

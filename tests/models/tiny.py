@@ -1,4 +1,4 @@
-"""Tiny random Llama models made by transformers: the independent side of the parity tests."""
+"""Tiny random models made by transformers: the independent side of the parity tests."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from montessori_jax.models import Model, Params
 
@@ -48,17 +53,71 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 80,
 }
+# The shape of CONFIG in every family, with windows of 9 in some layers and soft caps that bite.
+SHARED = {key: v for key, v in CONFIG.items() if key not in ("attention_bias", "mlp_bias")}
+GEMMA = {key: v for key, v in SHARED.items() if key != "hidden_act"} | {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "sliding_window": 9,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 5,
+    "final_logit_softcapping": 3.0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": CONFIG,
+    "mistral": SHARED
+    | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 9},
+    "qwen2": SHARED
+    | {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "max_window_layers": 1,
+    },
+    "qwen3": SHARED
+    | {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": 3,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    },
+    "gemma2": GEMMA
+    | {
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "attn_logit_softcapping": 1.5,
+    },
+    "gemma3_text": GEMMA
+    | {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "rope_theta": 50000.0,
+        "rope_local_base_freq": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "sliding_window_pattern": 2,
+    },
+}
 
 
-def torch_model(config: dict[str, Any], seed: int = 0) -> LlamaForCausalLM:
+def torch_config(config: dict[str, Any]) -> PreTrainedConfig:
+    """transformers' configuration, of the family's class."""
+    settings = json.loads(json.dumps(config))
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def torch_model(config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
     """A float32 model of ``config`` with every tensor random, norms and biases too."""
-    settings = {key: value for key, value in config.items() if key not in ("model_type",)}
-    model = LlamaForCausalLM(LlamaConfig(**json.loads(json.dumps(settings)))).float().eval()
+    model = AutoModelForCausalLM.from_config(torch_config(config)).float().eval()
     generator = torch.Generator().manual_seed(seed)
+    centre = 0 if config["model_type"].startswith("gemma") else 1
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
+            parameter.copy_(centre + 0.3 * noise if "norm" in name else 0.3 * noise)
     return model
 
 
