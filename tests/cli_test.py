@@ -149,6 +149,10 @@ def test_sft_and_evaluate_on_the_users_files(student, candidates, tmp_path):
         heldout = ("--heldout", str(candidates), "--out", str(result), "--quiet")
         assert run(["evaluate", "--student", name, *heldout]) == 0
         losses.append(json.loads(result.read_text())["reference_loss"]["loss"])
+        [row] = scores_of(tmp_path / "evaluation.metrics.jsonl")
+        assert row["step"] == 0
+        assert row["reference_loss"]["loss"] == losses[-1]
+        assert "by_sample" not in row["reference_loss"]
     assert losses[1] < losses[0] - 0.1
 
 
