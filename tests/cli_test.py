@@ -240,3 +240,12 @@ def test_an_argument_that_does_not_fit_is_one_line(capsys):
     assert said.count("\n") == 1
     assert "--seed" in said
     assert "montessori sft --help" in said
+
+
+def test_a_tracker_is_one_word_of_a_stage_command(student, candidates, tmp_path):
+    pytest.importorskip("tensorboard", reason="needs tensorboard: pip install '.[trackers]'")
+    out = tmp_path / "warm"
+    training = ("--data", str(candidates), "--batch-size", "3", "--quiet", "--out", str(out))
+    assert run(["sft", "--student", student, *training, "tracker=tensorboard"]) == 0
+    assert list(out.glob("tensorboard/sft/events.out.tfevents.*"))
+    assert (out / "metrics.jsonl").exists()
