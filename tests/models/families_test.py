@@ -5,12 +5,14 @@ import warnings
 from dataclasses import fields, replace
 
 import pytest
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from montessori_jax.errors import UserError
+from montessori_jax.models import Model
 from montessori_jax.models.config import ModelConfig, RopeScaling
 from montessori_jax.models.families import FAMILIES, HARMLESS, family_of, to_hf_config
-from tests.models.tiny import CONFIG, LINEAR, LLAMA3
+from tests.models.tiny import CONFIG, LINEAR, LLAMA3, torch_config
+from tests.models.tiny import FAMILIES as FAMILY_FILES
 
 # The published files of the models that must load, less what is in COMMON.
 COMMON = {
@@ -26,6 +28,21 @@ COMMON = {
     "rope_scaling": None,
     "use_cache": True,
 }
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "attention_dropout": 0.0,
+    "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+    "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "use_cache": True,
+}  # fmt: skip
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_dropout": 0.0,
+    "bos_token_id": 151643, "eos_token_id": 151643, "hidden_act": "silu",
+    "initializer_range": 0.02, "max_position_embeddings": 32768, "rope_theta": 1000000.0,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+    "use_sliding_window": False,
+}  # fmt: skip
 PUBLISHED = {
     "Llama-2-7b": COMMON
     | {"_name_or_path": "meta-llama/Llama-2-7b-hf", "hidden_size": 4096, "vocab_size": 32000,
@@ -57,6 +74,48 @@ PUBLISHED = {
        "num_key_value_heads": 3, "pad_token_id": 2, "rope_interleaved": False,
        "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "vocab_size": 49152},
+    "Mistral-7B-v0.1": MISTRAL | {"sliding_window": 4096, "vocab_size": 32000,
+                                  "rope_theta": 10000.0},
+    "Mistral-7B-v0.3": MISTRAL | {"sliding_window": None, "vocab_size": 32768,
+                                  "rope_theta": 1000000.0},
+    "Qwen1.5-7B": QWEN
+    | {"hidden_size": 4096, "intermediate_size": 11008, "max_window_layers": 28,
+       "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+       "sliding_window": 32768, "vocab_size": 151936, "rms_norm_eps": 1e-6},
+    "Qwen2.5-0.5B": QWEN
+    | {"hidden_size": 896, "intermediate_size": 4864, "max_window_layers": 24,
+       "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
+       "sliding_window": 32768, "vocab_size": 151936, "rms_norm_eps": 1e-6, "use_mrope": False,
+       "tie_word_embeddings": True},
+    "Qwen3-0.6B": QWEN
+    | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False,
+       "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072, "max_window_layers": 28,
+       "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+       "rope_scaling": None, "sliding_window": None, "vocab_size": 151936, "rms_norm_eps": 1e-6,
+       "tie_word_embeddings": True},
+    "gemma-2-9b": {
+        "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "attention_bias": False,
+        "attention_dropout": 0.0, "attn_logit_softcapping": 50.0, "bos_token_id": 2,
+        "cache_implementation": "hybrid", "eos_token_id": 1, "final_logit_softcapping": 30.0,
+        "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 3584, "initializer_range": 0.02,
+        "intermediate_size": 14336, "max_position_embeddings": 8192, "num_attention_heads": 16,
+        "num_hidden_layers": 42, "num_key_value_heads": 8, "pad_token_id": 0,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "sliding_window": 4096, "sliding_window_size": 4096, "torch_dtype": "float32",
+        "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 256000},
+    "gemma-3-1b": {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
+        "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": None,
+        "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": 1,
+        "final_logit_softcapping": None, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "initializer_range": 0.02,
+        "intermediate_size": 6912, "max_position_embeddings": 32768, "num_attention_heads": 4,
+        "num_hidden_layers": 26, "num_key_value_heads": 1, "pad_token_id": 0,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_local_base_freq": 10000,
+        "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
+        "sliding_window_pattern": 6, "torch_dtype": "bfloat16", "use_cache": True,
+        "vocab_size": 262144},
 }  # fmt: skip
 
 
@@ -76,6 +135,32 @@ def test_published_models_have_their_known_sizes():
     assert smol.head_dim == 64
     assert smol.tie_word_embeddings
     assert smol.initializer_range == 1 / 24
+    assert family_of(PUBLISHED["Mistral-7B-v0.1"], "x").sliding == (True,) * 32
+    assert family_of(PUBLISHED["Mistral-7B-v0.3"], "x").sliding_window is None
+    qwen = family_of(PUBLISHED["Qwen2.5-0.5B"], "x")
+    assert (qwen.qkv_bias, qwen.out_bias, qwen.sliding_window, qwen.head_dim) == (1, 0, None, 64)
+    assert family_of(PUBLISHED["Qwen3-0.6B"], "x").qk_norm
+    gemma = family_of(PUBLISHED["gemma-2-9b"], "x")
+    assert gemma.tie_word_embeddings
+    assert (gemma.attention_soft_cap, gemma.logit_soft_cap) == (50.0, 30.0)
+    assert gemma.sliding == (True, False) * 21
+    gemma = family_of(PUBLISHED["gemma-3-1b"], "x")
+    assert gemma.sliding == ((True,) * 5 + (False,)) * 4 + (True, True)
+    assert gemma.sliding_layers == (True,) * 5 + (False,)
+    assert (gemma.rope_theta, gemma.local_rope_theta) == (1e6, 1e4)
+
+
+# Parameters as their publishers count them, rounded to millions; embeddings once where tied.
+MILLIONS = {"Llama-2-7b": 6738, "TinyLlama-1.1B": 1100, "Llama-3-8B": 8030, "Llama-3.2-1B": 1236,
+            "SmolLM2-135M": 135, "Mistral-7B-v0.1": 7242, "Mistral-7B-v0.3": 7248,
+            "Qwen1.5-7B": 7721, "Qwen2.5-0.5B": 494, "Qwen3-0.6B": 596, "gemma-2-9b": 9242,
+            "gemma-3-1b": 1000}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_known_numbers_of_parameters(name: str):
+    count = Model(family_of(PUBLISHED[name], name)).parameter_count()
+    assert round(count / 1e6) == MILLIONS[name]
 
 
 @pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3])
@@ -88,9 +173,10 @@ def test_both_generations_of_files_mean_the_same(scaling: dict | None):
     assert family_of(new, "new") == family_of(old, "old")
 
 
-def test_every_field_of_transformers_configuration_is_read_or_known():
+@pytest.mark.parametrize("name", FAMILY_FILES)
+def test_every_field_of_transformers_configuration_is_read_or_known(name: str):
     """A field that a later transformers adds must be looked at, not slip through."""
-    family_of(LlamaConfig().to_dict(), "x")
+    family_of(AutoConfig.for_model(name).to_dict(), "x")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -98,14 +184,14 @@ def test_transformers_reads_what_is_written(name: str):
     config = family_of(PUBLISHED[name], name)
     ids = {"bos_token_id": 5, "eos_token_id": [6, 7]}
     written = to_hf_config(config, dtype="bfloat16", token_ids=ids)
-    theirs = LlamaConfig(**json.loads(json.dumps(written)))
+    theirs = torch_config(written)
     assert family_of(theirs.to_dict(), name) == config
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (5, [6, 7], None)
     assert "bfloat16" in str(theirs.dtype)
 
 
-# One other value for each field, and the config.json key it comes from.
-OTHER = {
+# One other value for each field that a family has words for.
+SIZES = {
     "vocab_size": 62,
     "hidden_size": 48,
     "intermediate_size": 41,
@@ -117,21 +203,64 @@ OTHER = {
     "rope_theta": 10001.0,
     "rope_scaling": RopeScaling("linear", 2.0),
     "rms_norm_eps": 1e-4,
-    "tie_word_embeddings": True,
-    "attention_bias": True,
-    "mlp_bias": True,
     "hidden_act": "relu",
     "initializer_range": 0.03,
 }
+WINDOWS = {"sliding_window": 10, "sliding_layers": (True, True, False)}
+GEMMA = SIZES | WINDOWS | {"tie_word_embeddings": False, "query_pre_attn_scalar": 6,
+                           "logit_soft_cap": None, "qkv_bias": True}  # fmt: skip
+OTHER = {
+    "llama": SIZES | {"tie_word_embeddings": True, "qkv_bias": True, "mlp_bias": True},
+    "mistral": SIZES | {"tie_word_embeddings": True, "sliding_window": 10},
+    "qwen2": SIZES | WINDOWS | {"tie_word_embeddings": True},
+    "qwen3": SIZES | {"tie_word_embeddings": False, "qkv_bias": True},
+    "gemma2": GEMMA | {"attention_soft_cap": 4.0},
+    "gemma3_text": GEMMA | {"local_rope_theta": 101.0, "rope_scaling": None},
+}
+# What follows from the family, or from the field before it.
+FIXED = {"family", "zero_centered_norms", "post_norms", "qk_norm", "scale_embeddings"}
 
 
-def test_every_field_goes_out_and_comes_back():
-    config = family_of(CONFIG, "x")
-    assert OTHER.keys() | {"family"} == {field.name for field in fields(ModelConfig)}
-    for name, value in OTHER.items():
-        assert getattr(config, name) != value
-        changed = replace(config, **{name: value})
-        assert family_of(to_hf_config(changed), "x") == changed, name
+@pytest.mark.parametrize("name", OTHER)
+def test_every_field_goes_out_and_comes_back(name: str):
+    config = family_of(FAMILY_FILES[name], "x")
+    for field in (field.name for field in fields(ModelConfig)):
+        if field not in OTHER[name]:
+            continue
+        value = OTHER[name][field]
+        assert getattr(config, field) != value, field
+        # Gemma's and Qwen3's files have one key for all four biases of attention.
+        both = {"out_bias": True} if field == "qkv_bias" else {}
+        changed = replace(config, **{field: value}, **both)
+        again = family_of(to_hf_config(changed), "x")
+        assert again == replace(changed, sliding_layers=again.sliding_layers), field
+        assert again.sliding == changed.sliding, field
+
+
+def test_every_field_is_varied_in_some_family():
+    varied = {field for other in OTHER.values() for field in other} | FIXED | {"out_bias"}
+    assert varied == {field.name for field in fields(ModelConfig)}
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("llama", "sliding_window", 8),
+        ("llama", "qk_norm", True),
+        ("llama", "out_bias", True),  # without the other three
+        ("mistral", "qkv_bias", True),
+        ("mistral", "sliding_layers", (True, False)),
+        ("qwen2", "qkv_bias", False),
+        ("qwen3", "attention_soft_cap", 5.0),
+        ("gemma2", "local_rope_theta", 5.0),
+        ("gemma2", "scale_embeddings", False),
+        ("gemma3_text", "attention_soft_cap", 5.0),
+    ],
+)
+def test_what_a_file_cannot_say_is_not_written(name: str, field: str, value: object):
+    config = replace(family_of(FAMILY_FILES[name], "x"), **{field: value})
+    with pytest.raises(ValueError, match=f"config.json of {name} cannot express {field}"):
+        to_hf_config(config)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +285,9 @@ def test_original_length_is_found_where_transformers_finds_it():
     assert theirs["original_max_position_embeddings"] == 128
 
 
+LINEAR_PARAMETERS = {"rope_type": "linear", "factor": 3.0}
 REFUSED = [
-    ({"model_type": "mistral"}, "model_type 'mistral' is not supported; supported: llama"),
+    ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama"),
     ({"model_type": None, "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
     ({"model_type": None, "architectures": None}, "(none given)"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
@@ -192,6 +322,51 @@ REFUSED = [
     ({"num_key_value_heads": 3}, "no multiple of 'num_key_value_heads' (3)"),
     ({"head_dim": 7}, "'head_dim' is 7"),
 ]
+
+
+# Of the other families, what is theirs.
+FAMILY_REFUSED = [
+    ("mistral", {"num_key_value_heads": ...}, "'num_key_value_heads' is missing"),
+    ("mistral", {"layer_types": ["full_attention"] * 3}, "'layer_types' other than sliding"),
+    ("mistral", {"sliding_window": 0}, "'sliding_window' is 0"),
+    ("qwen2", {"layer_types": ["full_attention"]}, "a list of 3"),
+    ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "alone"),
+    ("qwen2", {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 3}, "no window"),
+    ("qwen2", {"max_window_layers": -1}, "'max_window_layers' is -1"),
+    ("qwen2", {"use_mrope": True}, "'use_mrope' is True"),
+    ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "RoPE type 'yarn'"),
+    ("qwen3", {"head_dim": ...}, "'head_dim' is missing"),
+    ("gemma2", {"use_bidirectional_attention": True}, "'use_bidirectional_attention' is True"),
+    ("gemma2", {"sliding_window_size": 8}, "'sliding_window_size' is 8"),
+    ("gemma2", {"final_logit_softcapping": 0}, "'final_logit_softcapping' is 0"),
+    ("gemma2", {"hidden_activation": "quick_gelu"}, "'hidden_activation' is 'quick_gelu'"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' is 50.0"),
+    ("gemma3_text", {"sliding_window": None}, "there is no window"),
+    ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters.rope_type"),
+    (
+        "gemma3_text",
+        {"rope_scaling": None, "rope_parameters": {"sliding_attention": LINEAR_PARAMETERS}},
+        "'rope_parameters.sliding_attention.rope_type' is 'linear'",
+    ),
+    ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "differ"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "part"), FAMILY_REFUSED, ids=str)
+def test_refusals_of_families_are_one_line_too(name: str, changes: dict, part: str):
+    values = {k: v for k, v in (FAMILY_FILES[name] | changes).items() if v is not ...}
+    with pytest.raises(UserError) as caught:
+        family_of(values, "dir/config.json")
+    message = str(caught.value)
+    assert part in message
+    assert message.startswith("dir/config.json: ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", FAMILY_FILES)
+def test_both_generations_of_files_mean_the_same_in_every_family(name: str):
+    new = torch_config(FAMILY_FILES[name]).to_dict()
+    assert family_of(new, "new") == family_of(FAMILY_FILES[name], "old")
 
 
 @pytest.mark.parametrize(("changes", "part"), REFUSED, ids=[part for _, part in REFUSED])

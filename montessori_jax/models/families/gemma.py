@@ -99,7 +99,8 @@ def _read_gemma3(fields: Fields) -> ModelConfig:
 
 
 def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
-    return _write(config) | {"rope_local_base_freq": config.local_rope_theta or LOCAL_THETA}
+    local = {"rope_local_base_freq": config.local_rope_theta or LOCAL_THETA}
+    return _write(config) | local | {"attn_logit_softcapping": None}
 
 
 GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", _read_gemma2, _write, ROWS)
