@@ -315,13 +315,13 @@ def _sft(parsed: argparse.Namespace, stop: Any) -> None:
 
     base = build(RunConfig, _base(parsed), parsed.config or "command line")
     work = _work(parsed, stop, Path(parsed.out), "sft")
-    student = load_model(parsed.student or base.student)
+    name = parsed.student or base.student
     if parsed.keep_optimizer:
         warmup = settings_from(parsed, WarmupConfig, _section(parsed, "warmup"))
-        result = warm_up(student, parsed.data, warmup, work)
+        result = warm_up(load_model(name, dtype=warmup.held_dtype), parsed.data, warmup, work)
     else:
         settings = settings_from(parsed, SftConfig, _section(parsed, "sft"))
-        result = finetune(student, parsed.data, settings, work)
+        result = finetune(load_model(name, dtype=settings.held_dtype), parsed.data, settings, work)
     print(
         f"{parsed.out}: {result['rows']} rows, {result['steps']} steps, loss "
         f"{result['first_loss']:.4f} -> {result['last_loss']:.4f}; skipped: {result['skipped']}  "
@@ -373,7 +373,7 @@ def _influence(parsed: argparse.Namespace, stop: Any) -> None:
     if parsed.warmup:
         warmup = settings_from(parsed, WarmupConfig, _section(parsed, "warmup"), prefix="warmup-")
         work = _work(parsed, stop, scratch / "warmup", "warm-up")
-        loaded = load_model(student)
+        loaded = load_model(student, dtype=warmup.held_dtype)
         rows = [row.conversation() for row in read_rows(parsed.warmup).require()]
         key = value_hash([loaded.fingerprint, rows, as_dict(warmup), work.seed])
         marker = StageFolder(work.folder)
@@ -475,7 +475,7 @@ def _dpo(parsed: argparse.Namespace, stop: Any) -> None:
     settings = settings_from(parsed, DpoConfig, _section(parsed, "dpo"))
     work = _work(parsed, stop, Path(parsed.out), "dpo")
     result = dpo(
-        load_model(parsed.teacher or base.teacher),
+        load_model(parsed.teacher or base.teacher, dtype=settings.held_dtype),
         parsed.pairs,
         settings,
         work,

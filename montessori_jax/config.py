@@ -149,6 +149,22 @@ class TrainingConfig(OptimizerConfig):
     remat: Literal["none", "full", "dots"] = setting("full", "what the backward pass recomputes")
     checkpoint_every: int = setting(100, "optimizer steps between checkpoints", ge=1)
     log_every: int = setting(1, "optimizer steps between lines of metrics", ge=1)
+    lora_rank: int = setting(
+        0, "train low-rank adapters of this rank on a frozen model; 0 trains every weight", ge=0
+    )
+    lora_alpha: float = setting(16.0, "LoRA: adapters are scaled by alpha / rank", gt=0)
+    lora_targets: tuple[str, ...] = setting(
+        ("all-linear",), "LoRA: layers as peft names them, such as q_proj v_proj", min_length=1
+    )
+    lora_rslora: bool = setting(False, "LoRA: scale by alpha / sqrt(rank) instead")
+    lora_base_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "LoRA: how the frozen weights are held (a bfloat16 checkpoint loses nothing)"
+    )
+
+    @property
+    def held_dtype(self) -> str:
+        """Dtype that a model is loaded in: float32 masters, or LoRA's frozen weights."""
+        return self.lora_base_dtype if self.lora_rank else "float32"
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from montessori_jax.config import RunConfig
+from montessori_jax.config import RunConfig, TrainingConfig
 from montessori_jax.costs import Meter, describe_cost
 from montessori_jax.data.rows import read_rows
 from montessori_jax.data.tables import read_table
@@ -115,8 +115,8 @@ def run_iteration(loop: Loop, teacher: str) -> str:
             prompts=prompts,
         )
 
-    def student() -> LoadedModel:
-        return load_model(config.student)
+    def student(settings: TrainingConfig) -> LoadedModel:
+        return load_model(config.student, dtype=settings.held_dtype)
 
     loop.stage("generate", write_data(teacher, config.generation.prompts), lines.generated)
     loop.stage(
@@ -128,7 +128,9 @@ def run_iteration(loop: Loop, teacher: str) -> str:
     )
     warmup, probing = folder("split/warmup.parquet"), folder("split/probing.parquet")
     loop.stage(
-        "warmup", lambda work: warm_up(student(), warmup, config.warmup, work), lines.trained
+        "warmup",
+        lambda work: warm_up(student(config.warmup), warmup, config.warmup, work),
+        lines.trained,
     )
     loop.stage(
         "influence",
@@ -150,7 +152,12 @@ def run_iteration(loop: Loop, teacher: str) -> str:
     )
     loop.stage(
         "dpo",
-        lambda work: dpo(load_model(teacher), folder("preferences"), config.dpo, work),
+        lambda work: dpo(
+            load_model(teacher, dtype=config.dpo.held_dtype),
+            folder("preferences"),
+            config.dpo,
+            work,
+        ),
         lines.tuned,
     )
     tuned = folder("dpo/teacher")
@@ -174,7 +181,7 @@ def run_iteration(loop: Loop, teacher: str) -> str:
     budget = replace(config.sft, rows=rows)
 
     def train_on(place: str) -> Callable[[Work], Result]:
-        return lambda work: finetune(student(), place, budget, work)
+        return lambda work: finetune(student(budget), place, budget, work)
 
     for name, place in data_of.items():
         loop.stage(f"train-{name}", train_on(place), lines.trained, draws="train")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,12 @@ SHORTEST_CANDIDATE = 64
 SHORTEST_ROW = 256
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("model",), meta_fields=("dtype",))
 @dataclass(frozen=True)
 class TokenLosses:
     """``(params, batch) -> losses [rows, slots]`` of a decoder; equal ones share programs.
+
+    A pytree: the arrays that a model holds (LoRA's base) are arguments of those programs.
 
     In float32 every product is float32 to the last bit (JAX's ``highest``): the default of GPUs
     (TF32) and TPUs (one bf16 pass) is coarser than the differences that influence is made of.
@@ -48,6 +52,7 @@ class TokenLosses:
             )
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("losses",), meta_fields=())
 @dataclass(frozen=True)
 class MeanLoss:
     """``(params, batch) -> mean loss`` over a candidate's tokens; 0 without any."""

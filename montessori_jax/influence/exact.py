@@ -19,6 +19,7 @@ from montessori_jax.influence.reference import (
 )
 from montessori_jax.influence.scores import Candidate, Score, Scorer, measured_score
 from montessori_jax.influence.step import CandidateLoss, Params, candidate_update
+from montessori_jax.pytrees import as_pytree
 
 # What a probe does before it measures the reference loss.
 STAY, ZERO_GRADIENT, STEP = 0, 1, 2
@@ -31,7 +32,7 @@ class Probes(NamedTuple):
     reference_losses: Float[Array, "blocks lanes passes *tokens"]
 
 
-@partial(jax.jit, static_argnames=("candidate_loss", "tx", "reference_losses", "gradient_scale"))
+@partial(jax.jit, static_argnames=("tx", "gradient_scale"))
 def probe(
     candidate_loss: CandidateLoss,
     tx: optax.GradientTransformation,
@@ -90,7 +91,7 @@ def exact(
     costs one more pass for the loss before, and one for ``offset``.
 
     Args:
-        candidate_loss: ``(params, data) -> scalar``, hashable.
+        candidate_loss: ``(params, data) -> scalar``, hashable or a pytree.
         params: the student's parameters.
         opt_state: the optimizer's state after the warm-up.
         tx: the optimizer, with the probe step's learning rate.
@@ -101,13 +102,14 @@ def exact(
         offset: also measure the zero-gradient step.
     """
     blocks = -(-chunk // block)
+    loss, reference_losses = as_pytree(candidate_loss), as_pytree(reference.losses_of_batch)
     measured: dict[Any, tuple[np.ndarray, float | None]] = {}
 
     def run(data: Any, mode: int, filled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = probe(
-            candidate_loss,
+            loss,
             tx,
-            reference.losses_of_batch,
+            reference_losses,
             params,
             opt_state,
             reference.batches,

@@ -19,6 +19,7 @@ from montessori_jax.influence.step import (
     candidate_update,
     zero_gradient_update,
 )
+from montessori_jax.pytrees import as_pytree
 
 ExpansionPoint = Literal["zero_gradient", "params"]
 
@@ -50,7 +51,7 @@ def _dot(a: Array, b: Array) -> Float[Array, ""]:
     return jnp.sum(jax.lax.map(lambda pair: jnp.sum(pair[0] * pair[1]), (split(a), split(b))))
 
 
-@partial(jax.jit, static_argnames=("candidate_loss", "tx", "gradient_scale"))
+@partial(jax.jit, static_argnames=("tx", "gradient_scale"))
 def products(
     candidate_loss: CandidateLoss,
     tx: optax.GradientTransformation,
@@ -124,7 +125,7 @@ def first_order(
     taken once, here. It is held beside params and opt_state.
 
     Args:
-        candidate_loss: ``(params, data) -> scalar``, hashable.
+        candidate_loss: ``(params, data) -> scalar``, hashable or a pytree.
         params: the student's parameters.
         opt_state: the optimizer's state after the warm-up.
         tx: the optimizer, with the probe step's learning rate.
@@ -138,6 +139,7 @@ def first_order(
         UserError: the reference loss is not finite.
     """
     blocks = -(-chunk // block)
+    loss = as_pytree(candidate_loss)
     before = reference.losses(params)
     loss_before = reference.loss(before)
     require_finite(loss_before)
@@ -153,7 +155,7 @@ def first_order(
 
     def score(members: Sequence[Candidate], data: Any, filled: np.ndarray) -> list[Score]:
         found = jax.device_get(
-            products(candidate_loss, tx, params, opt_state, gradient, data, filled, gradient_scale)
+            products(loss, tx, params, opt_state, gradient, data, filled, gradient_scale)
         )
         scores = []
         for place, one in enumerate(members):

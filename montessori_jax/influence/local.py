@@ -40,7 +40,7 @@ def local_influence(
     influence, arXiv 2410.14208). A score depends on the candidate alone, not on its neighbours.
 
     Args:
-        candidate_loss: ``(params, data) -> scalar``, hashable.
+        candidate_loss: ``(params, data) -> scalar``, hashable or a pytree.
         params: the student's parameters, any pytree of float arrays.
         opt_state: the optimizer's state after the warm-up, of ``tx``'s structure.
         tx: any optax transformation; its learning rate is the probe step's.

@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from montessori_jax.errors import UserError
 from montessori_jax.influence.step import Params
+from montessori_jax.pytrees import as_pytree
 
 Reduction = Literal["sample", "token", "batch8"]
-# (params, one batch) -> the losses of its tokens. Hashable: programs are cached by it.
+# (params, one batch) -> the losses of its tokens. Hashable or a pytree, as a `CandidateLoss` is.
 BatchLosses = Callable[[Params, Any], Array]
 
 
@@ -84,12 +85,12 @@ class Reference:
 
     def losses(self, params: Params) -> Float[np.ndarray, "passes *tokens"]:
         """Every token's loss, on the host, by one compiled program whatever the parameters."""
-        return jax.device_get(_losses(self.losses_of_batch, params, self.batches))
+        return jax.device_get(_losses(as_pytree(self.losses_of_batch), params, self.batches))
 
     def gradient(self, params: Params) -> Params:
         """Gradient of the reference loss, added up batch by batch: memory of one batch."""
         losses = self.gradient_losses_of_batch or self.losses_of_batch
-        return _gradient(losses, params, self.batches, self.weights)
+        return _gradient(as_pytree(losses), params, self.batches, self.weights)
 
 
 def batch_by_batch(losses: BatchLosses, params: Params, batches: Any) -> Array:
@@ -97,10 +98,10 @@ def batch_by_batch(losses: BatchLosses, params: Params, batches: Any) -> Array:
     return jax.lax.map(partial(losses, params), batches)
 
 
-_losses = jax.jit(batch_by_batch, static_argnames=("losses",))
+_losses = jax.jit(batch_by_batch)
 
 
-@partial(jax.jit, static_argnames=("losses",))
+@jax.jit
 def _gradient(losses: BatchLosses, params: Params, batches: Any, weights: Array) -> Params:
     def weighted(params: Params, batch: Any, weights: Array) -> Array:
         values = losses(params, batch)

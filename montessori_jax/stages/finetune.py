@@ -10,9 +10,10 @@ from montessori_jax.config import OptimizerConfig, SftConfig, WarmupConfig, as_d
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.encode import EncodedRows, encode_rows
 from montessori_jax.data.rows import read_rows
-from montessori_jax.models.folder import save_folder
+from montessori_jax.models import Model
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.runs import remove_tree
+from montessori_jax.stages.trained import export, lora_notes, step_flops, to_train
 from montessori_jax.training.checkpoints import Checkpoints, Student, save_student
 from montessori_jax.training.schedules import rate_table
 from montessori_jax.training.sft import train_sft
@@ -21,32 +22,33 @@ from montessori_jax.work import CHECKPOINTS, Work
 
 
 def finetune(student: LoadedModel, data: str, settings: SftConfig, work: Work) -> dict[str, Any]:
-    """Train a fresh student on the first ``settings.rows`` usable rows and export it."""
-    state, result, _ = _train(student, data, settings, work)
-    save_folder(
-        work.folder / "student",
-        student.model,
-        state.params,
-        student.tokenizer,
-        student.generation,
-        card=_card(student, data, settings, result),
-    )
+    """Train a fresh student on the first ``settings.rows`` usable rows and export it.
+
+    With LoRA ``student/`` is merged, and ``adapter/`` beside it is the adapter in peft's layout.
+    """
+    model, state, result = _train(student, data, settings, work)
+    card = _card(student, data, settings, result)
+    export(work.folder, "student", model, state.params, student, card)
     remove_tree(work.folder / CHECKPOINTS)
     return result
 
 
 def warm_up(student: LoadedModel, data: str, settings: WarmupConfig, work: Work) -> dict[str, Any]:
     """Train a student and keep its optimizer state: the point that influence is measured from."""
-    state, result, steps = _train(student, data, settings, work)
+    model, state, result = _train(student, data, settings, work)
     own = {name: value for name, value in as_dict(settings).items() if name in OPTIMIZER_FIELDS}
-    rate = float(rate_table(settings, steps)[-1])
+    rate = float(rate_table(settings, int(state.step))[-1])
     save_student(
         work.folder / "state",
         Student(
             state=state,
             settings=build(OptimizerConfig, own, "warm-up"),
             learning_rate=rate,
-            about={"model": student.name, "fingerprint": student.fingerprint},
+            about={
+                "model": student.name,
+                "fingerprint": student.fingerprint,
+                **lora_notes(model, settings),
+            },
         ),
     )
     remove_tree(work.folder / CHECKPOINTS)
@@ -58,7 +60,8 @@ OPTIMIZER_FIELDS = frozenset(as_dict(OptimizerConfig()))
 
 def _train(
     student: LoadedModel, data: str, settings: SftConfig, work: Work
-) -> tuple[TrainState, dict[str, Any], int]:
+) -> tuple[Model, TrainState, dict[str, Any]]:
+    model, params = to_train(student, settings, work.seed)
     chat = ChatFormat.of(student)
     encoded = encode_rows(read_rows(data), chat, settings.max_length, limit=settings.rows)
     metrics = work.metrics()
@@ -68,13 +71,13 @@ def _train(
         metrics.write(row)
         work.meter.count(
             trained_tokens=row["tokens"],
-            flops=6.0 * student.model.parameter_count() * row["tokens"],
+            flops=step_flops(model) * row["tokens"],
         )
 
     with bar, metrics:
         state = train_sft(
-            student.model,
-            student.params,
+            model,
+            params,
             encoded.chats,
             settings,
             seed=work.seed,
@@ -87,7 +90,7 @@ def _train(
             consume=True,
         )
     rows = metrics.read()
-    return state, _result(encoded, rows), int(state.step)
+    return model, state, _result(encoded, rows)
 
 
 def _result(encoded: EncodedRows, metrics: list[dict[str, Any]]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from montessori_jax.errors import UserError
 from montessori_jax.influence import Score, audit_scores, score_candidates
 from montessori_jax.runs import Journal, value_hash
 from montessori_jax.stages.student import ProbeStudent, open_student
+from montessori_jax.stages.trained import step_flops
 from montessori_jax.work import Work
 
 COLUMNS = {
@@ -140,6 +141,7 @@ def _score(
     parameters = probe.loaded.model.parameter_count()
     # Two forward passes for the loss before and the shared step, and first order's one gradient.
     before = 4.0 * references.tokens + 6.0 * references.tokens * (settings.method != "exact")
+    gradient = step_flops(probe.loaded.model)
     work.meter.count(flops=parameters * before)
     done = sum(len(record["scores"]) for record in journal.records)
     with work.bar(len(rows), "candidate", settings.method, done=done) as bar:
@@ -149,7 +151,7 @@ def _score(
             start = number * settings.chunk
             probed = sum(len(chat.tokens) for chat in chats[start : start + len(scores)])
             passes = 2.0 * references.tokens * len(scores) if settings.method == "exact" else 0.0
-            work.meter.count(probed_tokens=probed, flops=parameters * (6.0 * probed + passes))
+            work.meter.count(probed_tokens=probed, flops=gradient * probed + parameters * passes)
             bar.update(len(scores))
             work.stop.check()
 

@@ -11,6 +11,7 @@ from montessori_jax.errors import UserError
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.models.sources import load_model
 from montessori_jax.runs import value_hash
+from montessori_jax.stages.trained import with_adapter
 from montessori_jax.training.checkpoints import load_student, read_about
 from montessori_jax.training.optimizer import make_optimizer, probe_optimizer
 from montessori_jax.training.state import TrainState
@@ -21,7 +22,8 @@ class ProbeStudent:
     """What a probe step starts from.
 
     ``tx`` is the probe's update at ``learning_rate``; ``warm`` is whether the optimizer's state
-    comes from a warm-up; ``fingerprint`` changes with parameters and state.
+    comes from a warm-up; ``fingerprint`` changes with parameters and state. After a LoRA warm-up
+    the parameters are the adapter, and the model holds the base.
     """
 
     loaded: LoadedModel
@@ -45,12 +47,14 @@ def open_student(name: str, settings: InfluenceConfig) -> ProbeStudent:
     if about is None:
         return _fresh(name, settings)
     base = about["about"]
-    loaded = load_model(base["model"])
+    held = base.get("lora", {}).get("base_dtype", "float32")
+    loaded = load_model(base["model"], dtype=jnp.dtype(held))
     if loaded.fingerprint != base["fingerprint"]:
         raise UserError(
             f"{name}: was warmed up from {base['model']}, which has changed since: warm up again"
         )
-    student = load_student(state_folder, loaded.model)
+    model = with_adapter(loaded, base)
+    student = load_student(state_folder, model)
     trained = student.settings
     if settings.optimizer != trained.optimizer and settings.optimizer == "adamw":
         raise UserError(
@@ -63,7 +67,7 @@ def open_student(name: str, settings: InfluenceConfig) -> ProbeStudent:
         state = state._replace(opt_state=make_optimizer(trained, 1).init(state.params))
     rate = settings.learning_rate or student.learning_rate
     return ProbeStudent(
-        loaded=replace(loaded, params=state.params),
+        loaded=replace(loaded, model=model, params=state.params),
         state=state,
         tx=probe_optimizer(trained, rate),
         learning_rate=rate,

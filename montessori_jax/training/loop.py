@@ -12,6 +12,7 @@ import numpy as np
 
 from montessori_jax.config import TrainingConfig, as_dict
 from montessori_jax.errors import Interrupted, UserError
+from montessori_jax.pytrees import as_pytree
 from montessori_jax.runs import value_hash
 from montessori_jax.training.checkpoints import Checkpoints
 from montessori_jax.training.state import TrainState
@@ -49,7 +50,8 @@ class Run:
     """One training run, all of it known before its first step.
 
     Attributes:
-        step: the pure step; it is compiled here, once a shape, and donated its state.
+        step: the pure step; it is compiled here, once a shape, and donated its state. Arrays that
+            it holds as a pytree stay as they are.
         batch: the host arrays of step ``i``.
         tokens: real tokens (not padding) of step ``i``.
         rates: learning rate of step ``i``, for the metrics alone.
@@ -91,8 +93,9 @@ def run_steps(
     for leaf in jax.tree.leaves(release):
         if isinstance(leaf, jax.Array):
             leaf.delete()
-    compiled = jax.jit(run.step, donate_argnums=0)
-    programs: dict[Any, Callable[[TrainState, Any], tuple[TrainState, Metrics]]] = {}
+    step = as_pytree(run.step)
+    compiled = jax.jit(_call, donate_argnums=1)
+    programs: dict[Any, Callable[[Step, TrainState, Any], tuple[TrainState, Metrics]]] = {}
     tokens, seconds = 0, 0.0
     first = int(state.step)
     around.progress(first, run.steps)
@@ -101,10 +104,10 @@ def run_steps(
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         try:
             if shapes not in programs:
-                programs[shapes] = compiled.lower(state, batch).compile()
+                programs[shapes] = compiled.lower(step, state, batch).compile()
             began = time.perf_counter()
             with jax.transfer_guard("disallow"):
-                state, results = programs[shapes](state, batch)
+                state, results = programs[shapes](step, state, batch)
             # The next batch is packed while the device works on this one.
             batch = jax.device_put(run.batch(index + 1)) if index + 1 < run.steps else None
             results = jax.device_get(results)
@@ -134,6 +137,10 @@ def run_steps(
         if stop:
             raise Interrupted(f"stopped after step {done} of {run.steps}")
     return state
+
+
+def _call(step: Step, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    return step(state, batch)
 
 
 def _finite(

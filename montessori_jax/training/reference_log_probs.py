@@ -73,7 +73,7 @@ def pair_log_probs(
     return found
 
 
-@partial(jax.jit, static_argnames=("model", "dtype"))
+@partial(jax.jit, static_argnames=("dtype",))
 def _log_probs(model: Model, params: Params, pairs: PairBatch, dtype: str) -> jax.Array:
     return -token_losses(model, params, pairs.batch, dtype=jnp.dtype(dtype))
 

@@ -23,6 +23,8 @@ from montessori_jax.training.preference_losses import (
 from montessori_jax.training.state import TrainState
 
 Metrics = dict[str, Array]
+# A `jax.tree_util.Partial`: whatever arrays the model holds (LoRA's base) are its leaves, so that
+# they can be arguments of the compiled program and not constants in it.
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 # (params, micro-batch) -> (sum of losses, sums by name); neither is divided by anything.
 Objective = Callable[[Params, Any], tuple[Array, Metrics]]
@@ -74,13 +76,13 @@ def sft_step(model: Model, tx: optax.GradientTransformation, settings: TrainingC
 
     dtype = jnp.dtype(settings.dtype)
 
-    def objective(params: Params, batch: Batch) -> tuple[Array, Metrics]:
-        losses = token_losses(model, params, batch, dtype=dtype, remat=settings.remat)
-        weights = batch.target_weights.astype(losses.dtype)
-        total = jnp.sum(losses * weights)
-        return total, {"loss": total, "targets": jnp.sum(weights)}
+    def step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def objective(params: Params, batch: Batch) -> tuple[Array, Metrics]:
+            losses = token_losses(model, params, batch, dtype=dtype, remat=settings.remat)
+            weights = batch.target_weights.astype(losses.dtype)
+            total = jnp.sum(losses * weights)
+            return total, {"loss": total, "targets": jnp.sum(weights)}
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         used = used_micro_batches(batch.target_weights)
         gradient, sums = accumulate(objective, state.params, batch, used)
         count = jnp.maximum(sums["targets"], 1)
@@ -91,7 +93,7 @@ def sft_step(model: Model, tx: optax.GradientTransformation, settings: TrainingC
             "targets": sums["targets"],
         }
 
-    return step
+    return jax.tree_util.Partial(step, model)
 
 
 def pair_sums(
@@ -119,14 +121,14 @@ def dpo_step(model: Model, tx: optax.GradientTransformation, settings: DpoConfig
     Metrics: those of `pair_measures` averaged by `means`, and ``grad_norm`` (before clipping).
     """
 
-    def objective(params: Params, pairs: PairBatch) -> tuple[Array, Metrics]:
-        sums = pair_sums(model, params, pairs, dtype=settings.dtype, remat=settings.remat)
-        real = jnp.any(pairs.batch.target_weights > 0, axis=1).astype(sums.policy.dtype)
-        measures = pair_measures(jax.lax.stop_gradient(sums), settings)
-        totals = {name: jnp.sum(values * real) for name, values in measures.items()}
-        return jnp.sum(pair_losses(sums, settings) * real), {**totals, "pairs": jnp.sum(real)}
+    def step(model: Model, state: TrainState, pairs: PairBatch) -> tuple[TrainState, Metrics]:
+        def objective(params: Params, pairs: PairBatch) -> tuple[Array, Metrics]:
+            sums = pair_sums(model, params, pairs, dtype=settings.dtype, remat=settings.remat)
+            real = jnp.any(pairs.batch.target_weights > 0, axis=1).astype(sums.policy.dtype)
+            measures = pair_measures(jax.lax.stop_gradient(sums), settings)
+            totals = {name: jnp.sum(values * real) for name, values in measures.items()}
+            return jnp.sum(pair_losses(sums, settings) * real), {**totals, "pairs": jnp.sum(real)}
 
-    def step(state: TrainState, pairs: PairBatch) -> tuple[TrainState, Metrics]:
         used = used_micro_batches(pairs.batch.target_weights)
         gradient, totals = accumulate(objective, state.params, pairs, used)
         count = jnp.maximum(totals.pop("pairs"), 1)
@@ -137,4 +139,4 @@ def dpo_step(model: Model, tx: optax.GradientTransformation, settings: DpoConfig
             "grad_norm": optax.tree.norm(gradient),
         }
 
-    return step
+    return jax.tree_util.Partial(step, model)
