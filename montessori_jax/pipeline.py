@@ -14,6 +14,7 @@ from montessori_jax.config import RunConfig, TrainingConfig
 from montessori_jax.costs import Meter, describe_cost
 from montessori_jax.data.rows import read_rows
 from montessori_jax.data.tables import read_table
+from montessori_jax.host_memory import return_freed_memory
 from montessori_jax.hub import check_hub, push_stage
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.models.sources import load_model, model_fingerprint
@@ -83,6 +84,7 @@ class Loop:
             finished = True
         finally:
             cost = meter.close(finished)
+            return_freed_memory()
         folder.finish(result)
         self.say(f"{full}: {line(result)}  ({describe_cost(cost)})")
         self.push(full, folder.path)
