@@ -24,6 +24,7 @@ from montessori_jax.config import (
     WarmupConfig,
     as_dict,
     build,
+    forward_dtype,
     load_run_config,
     override,
     read_yaml,
@@ -269,7 +270,7 @@ def _generate(parsed: argparse.Namespace, stop: Any) -> None:
     )
     work = _work(parsed, stop, Path(parsed.out), "generate")
     result = generate(
-        load_model(parsed.teacher or base.teacher),
+        load_model(parsed.teacher or base.teacher, dtype=forward_dtype(settings, responses)),
         parsed.seeds or base.data.seeds,
         settings,
         responses,
@@ -531,7 +532,7 @@ def _evaluate(parsed: argparse.Namespace, stop: Any) -> None:
         logs = Path(parsed.out or "evaluation.json").parent
         work = _work(parsed, stop, Path(folder), "evaluate", logs)
         result = evaluate(
-            load_model(parsed.student or base.student),
+            load_model(parsed.student or base.student, dtype=forward_dtype(settings)),
             parsed.heldout or base.data.heldout,
             settings,
             work,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from montessori_jax.config import RunConfig, TrainingConfig
+from montessori_jax.config import RunConfig, TrainingConfig, forward_dtype
 from montessori_jax.costs import Meter, describe_cost
 from montessori_jax.data.rows import read_rows
 from montessori_jax.data.tables import read_table
@@ -108,8 +108,9 @@ def run_iteration(loop: Loop, teacher: str) -> str:
     config, data, folder = loop.config, loop.config.data, loop.folder
 
     def write_data(source: str, prompts: int) -> Callable[[Work], Result]:
+        dtype = forward_dtype(config.generation, config.responses)
         return lambda work: generate(
-            load_model(source),
+            load_model(source, dtype=dtype),
             data.seeds,
             config.generation,
             config.responses,
@@ -189,8 +190,13 @@ def run_iteration(loop: Loop, teacher: str) -> str:
         loop.stage(f"train-{name}", train_on(place), lines.trained, draws="train")
 
     def evaluate_student(source: str) -> Callable[[Work], Result]:
+        dtype = forward_dtype(config.evaluation)
         return lambda work: evaluate(
-            load_model(source), data.heldout, config.evaluation, work, num_heldout=data.num_heldout
+            load_model(source, dtype=dtype),
+            data.heldout,
+            config.evaluation,
+            work,
+            num_heldout=data.num_heldout,
         )
 
     students = {name: folder(f"train-{name}/student") for name in teachers}
