@@ -1,12 +1,15 @@
-"""Attention behind one function for training and one for decoding; plain XLA, any backend.
+"""Attention behind one function for training and one for decoding.
 
-Both take grouped heads (``heads`` a multiple of ``kv_heads``), compute scores and softmax in
-float32 (float64 for float64 inputs), and have reverse- and forward-mode derivatives.
+Plain XLA runs on any backend and has reverse- and forward-mode derivatives; `packed_attention` may
+use a fused kernel instead. Both take grouped heads (``heads`` a multiple of ``kv_heads``), and
+compute scores and softmax in float32 (float64 for float64 inputs).
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from montessori_jax.models.attention_kernels import by_dot_product, by_splash, choose
 
 # Finite, so that a row without any allowed key gives a uniform average and never NaN.
 MASKED = -1e30
@@ -35,6 +38,7 @@ def packed_attention(
     sliding: bool | Bool[Array, ""] = True,
     scale: float | None = None,
     soft_cap: float | None = None,
+    implementation: str = "xla",
 ) -> Float[Array, "rows length heads dim"]:
     """Causal attention within segments: token ``t`` sees ``s <= t`` of its own segment alone.
 
@@ -54,16 +58,43 @@ def packed_attention(
         sliding: whether ``window`` holds, where only a traced value tells.
         scale: by default ``1 / sqrt(dim)``.
         soft_cap: see `soft_capped`.
+        implementation: ``xla`` (plain; the only one with forward mode), ``cudnn``, ``splash``, or
+            ``auto``, the backend's fastest that is exact here.
+
+    Raises:
+        UserError: the kernel that was named cannot compute this, see `attention_kernels.choose`.
     """
     rows, length, heads, dim = query.shape
+    scale = dim**-0.5 if scale is None else scale
+    chosen = choose(implementation, query, branches=branches is not None, soft_cap=soft_cap)
+    if chosen == "splash":
+        return by_splash(
+            query, key, value, segment_ids,
+            window=window, sliding=sliding, scale=scale, soft_cap=soft_cap,
+        )  # fmt: skip
+    allowed = visible(segment_ids, branches, positions, window, sliding)
+    if chosen == "cudnn":
+        return by_dot_product(query, key, value, allowed, scale)
     kv_heads = key.shape[2]
     grouped = query.reshape(rows, length, kv_heads, heads // kv_heads, dim)
     sums = wide(query.dtype)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=sums)
-    scores = soft_capped(
-        scores * jnp.asarray(dim**-0.5 if scale is None else scale, sums), soft_cap
-    )
-    order = jnp.arange(length)
+    scores = soft_capped(scores * jnp.asarray(scale, sums), soft_cap)
+    scores = jnp.where(allowed[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bkgts,bskd->btkgd", weights, value)
+    return mixed.reshape(rows, length, heads, dim)
+
+
+def visible(
+    segment_ids: Int[Array, "rows length"],
+    branches: Int[Array, "rows length"] | None,
+    positions: Int[Array, "rows length"] | None,
+    window: int | None,
+    sliding: bool | Bool[Array, ""],
+) -> Bool[Array, "rows length length"]:
+    """Whether a token (axis 1) sees another (axis 2), as `packed_attention` says."""
+    order = jnp.arange(segment_ids.shape[1])
     allowed = (order[:, None] >= order[None, :])[None] & (
         segment_ids[:, :, None] == segment_ids[:, None, :]
     )
@@ -73,11 +104,8 @@ def packed_attention(
     if window is not None:
         places = order[None] if positions is None else positions
         near = places[:, :, None] - places[:, None, :] < window
-        allowed &= near if isinstance(sliding, bool) and sliding else near | ~jnp.asarray(sliding)
-    scores = jnp.where(allowed[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bkgts,bskd->btkgd", weights, value)
-    return mixed.reshape(rows, length, heads, dim)
+        allowed &= near | ~jnp.asarray(sliding)
+    return allowed
 
 
 def decode_attention(

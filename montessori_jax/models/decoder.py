@@ -168,6 +168,7 @@ class Block(nnx.Module):
         positions: Array,
         branches: Array | None,
         sliding: bool | Array,
+        attention: str = "xla",
     ) -> tuple[Array, KeyValue]:
         """Whole rows; returns ``x`` after the layer and its (key, value)."""
         query, key, value = self.attention.project(self.attention_norm(x), rotation)
@@ -182,6 +183,7 @@ class Block(nnx.Module):
             sliding=sliding,
             scale=self.config.attention_scale,
             soft_cap=self.config.attention_soft_cap,
+            implementation=attention,
         )
         return self._rest(x, mixed), KeyValue(key, value)
 
@@ -295,6 +297,7 @@ class Model:
         branches: Int[Array, "rows length"] | None = None,
         dtype: jnp.dtype | type = jnp.float32,
         remat: str = "none",
+        attention: str = "xla",
     ) -> Float[Array, "rows length width"]:
         """Normed hidden states of packed rows; `logits` turns them into logits.
 
@@ -307,6 +310,7 @@ class Model:
             dtype: compute dtype of products and activations.
             remat: ``none``, ``full`` (recompute each layer in the backward pass) or ``dots``
                 (keep the products with weights, recompute the rest).
+            attention: ``implementation`` of `packed_attention`; `jax.jvp` needs ``xla``.
         """
         config, decoder = self.config, self.bind(params)
         turns = rotations(config, positions)
@@ -319,7 +323,8 @@ class Model:
             state, kind = layer
             sliding = config.sliding[0] if kind is None else kind
             block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
-            x, _ = block.packed(x, turns.of(sliding), segment_ids, positions, branches, sliding)
+            turn = turns.of(sliding)
+            x, _ = block.packed(x, turn, segment_ids, positions, branches, sliding, attention)
             return x, None
 
         if remat != "none":
