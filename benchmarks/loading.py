@@ -8,7 +8,8 @@ of its own. Two peaks are told, both above what the process held before: ``peak_
 resident memory, pages of mapped files included (the kernel's own high-water mark), and
 ``anonymous_gib`` is what cannot be dropped, sampled every 10 ms. ``bound_gib`` is the size of the
 parameters plus 1.3 times the largest shard. The export is compared with the source tensor by
-tensor.
+tensor. transformers leaves bfloat16 weights where they are in the mapped files, to be read when
+they are first used: its figures are those of a model that is not in memory yet.
 """
 
 import argparse
