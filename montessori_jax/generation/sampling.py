@@ -44,14 +44,22 @@ def start_counts(
 ) -> TokenCounts:
     """Counts of right-padded prompts' samples, rows ordered by prompt, then sample."""
     prompts, length = tokens.shape
-    seen = generated = None
-    if settings.repetition_penalty != 1.0:
+    seen, generated = empty_counts(settings, prompts * samples, vocab)
+    if seen is not None:
         real = jnp.arange(length)[None, :] < lengths[:, None]
         at = jnp.arange(prompts)[:, None], jnp.where(real, tokens, vocab)
         in_prompt = jnp.zeros((prompts, vocab), bool).at[at].set(True, mode="drop")
         seen = jnp.repeat(in_prompt, samples, axis=0)
+    return TokenCounts(seen, generated)
+
+
+def empty_counts(settings: SamplingConfig, rows: int, vocab: int) -> TokenCounts:
+    """Counts of rows that have no tokens at all."""
+    seen = generated = None
+    if settings.repetition_penalty != 1.0:
+        seen = jnp.zeros((rows, vocab), bool)
     if settings.frequency_penalty != 0.0 or settings.presence_penalty != 0.0:
-        generated = jnp.zeros((prompts * samples, vocab), jnp.int32)
+        generated = jnp.zeros((rows, vocab), jnp.int32)
     return TokenCounts(seen, generated)
 
 

@@ -13,6 +13,8 @@ from montessori_jax.models.attention_kernels import by_dot_product, by_splash, c
 
 # Finite, so that a row without any allowed key gives a uniform average and never NaN.
 MASKED = -1e30
+# Generated tokens that are attended to at a time; see `decode_attention`.
+OWN_BLOCK = 128
 
 
 def wide(dtype: jnp.dtype | type) -> jnp.dtype:
@@ -115,7 +117,7 @@ def decode_attention(
     prompt_lengths: Int[Array, " prompts"],
     key: Float[Array, "prompts samples kv_heads slots dim"],
     value: Float[Array, "prompts samples kv_heads slots dim"],
-    step: Int[Array, ""],
+    steps: Int[Array, " prompts"],
     *,
     window: int | None = None,
     scale: float | None = None,
@@ -123,11 +125,14 @@ def decode_attention(
 ) -> Float[Array, "prompts samples heads dim"]:
     """One new token a sample, against its prompt (stored once for all samples) and its own past.
 
-    Slots ``0..step`` of ``key`` and ``value`` hold the tokens generated so far, the newest
+    Slots ``0..steps`` of ``key`` and ``value`` hold the tokens generated so far, the newest
     included; prompts are right-padded to ``prompt_length``. Caches have their heads before their
     positions: so both are batches of plain matrix products, and nothing is transposed each step
     (4 times faster than positions first on a CPU). ``window``, ``scale`` and ``soft_cap`` as in
     `packed_attention`.
+
+    Slots are attended to in blocks of `OWN_BLOCK`, as many as the longest text needs. Blocks beyond
+    a text's end add exact zeros, so its numbers are the same to the bit beside a longer one.
     """
     prompts, samples, heads, dim = query.shape
     kv_heads, prompt_length = prompt_key.shape[1:3]
@@ -146,28 +151,54 @@ def decode_attention(
     prompt_scores = factor * jnp.einsum(
         "pkmd,pksd->pkms", together(grouped), prompt_key, preferred_element_type=sums
     )
-    own_scores = factor * jnp.einsum(
-        "pnkgd,pnktd->pnkgt", grouped, key, preferred_element_type=sums
-    )
-    places, slots = jnp.arange(prompt_length)[None, :], jnp.arange(key.shape[3])
-    in_prompt, written = places < prompt_lengths[:, None], slots <= step
+    places = jnp.arange(prompt_length)[None, :]
+    in_prompt = places < prompt_lengths[:, None]
     if window is not None:
-        in_prompt &= (prompt_lengths + step)[:, None] - places < window
-        written &= step - slots < window
+        in_prompt &= (prompt_lengths + steps)[:, None] - places < window
     prompt_scores = soft_capped(prompt_scores, soft_cap)
     prompt_scores = apart(jnp.where(in_prompt[:, None, None, :], prompt_scores, MASKED))
-    own_scores = soft_capped(own_scores, soft_cap)
-    own_scores = jnp.where(written[None, None, None, None, :], own_scores, MASKED)
-    # One softmax over two arrays. The newest token is always seen, so the total is never zero.
-    largest = jnp.maximum(
-        jnp.max(prompt_scores, axis=-1, keepdims=True), jnp.max(own_scores, axis=-1, keepdims=True)
+    slots = key.shape[3]
+    size = slots if slots % OWN_BLOCK else OWN_BLOCK
+
+    # One softmax over several arrays: the largest score, the weights' sum and that of weighted
+    # values so far. The newest token is always seen, so the sum is never zero in the end.
+    def further(block: Array, sofar: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        before, total, mixed = sofar
+        block_key, block_value = key, value
+        if size < slots:
+            block_key = jax.lax.dynamic_slice_in_dim(key, block * size, size, axis=3)
+            block_value = jax.lax.dynamic_slice_in_dim(value, block * size, size, axis=3)
+        own_scores = factor * jnp.einsum(
+            "pnkgd,pnktd->pnkgt", grouped, block_key, preferred_element_type=sums
+        )
+        at = (block * size + jnp.arange(size))[None, :]
+        written = at <= steps[:, None]
+        if window is not None:
+            written &= steps[:, None] - at < window
+        own_scores = soft_capped(own_scores, soft_cap)
+        own_scores = jnp.where(written[:, None, None, None, :], own_scores, MASKED)
+        largest = jnp.maximum(before, jnp.max(own_scores, axis=-1, keepdims=True))
+        shrunk, own_weights = jnp.exp(before - largest), jnp.exp(own_scores - largest)
+        own_mixed = jnp.einsum(
+            "pnkgt,pnktd->pnkgd",
+            own_weights.astype(value.dtype),
+            block_value,
+            preferred_element_type=sums,
+        )
+        total = total * shrunk + jnp.sum(own_weights, axis=-1, keepdims=True)
+        return largest, total, mixed * shrunk + own_mixed
+
+    largest = jnp.max(prompt_scores, axis=-1, keepdims=True)
+    prompt_weights = jnp.exp(prompt_scores - largest)
+    prompt_mixed = jnp.einsum(
+        "pkms,pksd->pkmd",
+        together(prompt_weights.astype(value.dtype)),
+        prompt_value,
+        preferred_element_type=sums,
     )
-    prompt_weights, own_weights = jnp.exp(prompt_scores - largest), jnp.exp(own_scores - largest)
-    total = jnp.sum(prompt_weights, axis=-1, keepdims=True) + jnp.sum(
-        own_weights, axis=-1, keepdims=True
-    )
-    prompt_weights = (prompt_weights / total).astype(value.dtype)
-    own_weights = (own_weights / total).astype(value.dtype)
-    mixed = apart(jnp.einsum("pkms,pksd->pkmd", together(prompt_weights), prompt_value))
-    mixed = mixed + jnp.einsum("pnkgt,pnktd->pnkgd", own_weights, value)
-    return mixed.reshape(prompts, samples, heads, dim)
+    sofar = largest, jnp.sum(prompt_weights, axis=-1, keepdims=True), apart(prompt_mixed)
+    if size == slots:
+        _, total, mixed = further(jnp.int32(0), sofar)
+    else:
+        _, total, mixed = jax.lax.fori_loop(0, jnp.max(steps) // size + 1, further, sofar)
+    return (mixed / total).astype(value.dtype).reshape(prompts, samples, heads, dim)

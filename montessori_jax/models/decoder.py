@@ -194,19 +194,19 @@ class Block(nnx.Module):
         prompt: KeyValue,
         lengths: Array,
         own: KeyValue,
-        step: Array,
+        steps: Array,
         sliding: bool,
     ) -> tuple[Array, KeyValue]:
         """One token a sample; returns ``x`` after the layer, and ``own`` with the token in it."""
         query, key, value = self.attention.project(self.attention_norm(x), rotation)
-        insert = jax.lax.dynamic_update_index_in_dim
-        own = KeyValue(insert(own.key, key, step, axis=3), insert(own.value, value, step, axis=3))
+        insert = jax.vmap(partial(jax.lax.dynamic_update_index_in_dim, axis=2))
+        own = KeyValue(insert(own.key, key, steps), insert(own.value, value, steps))
         mixed = decode_attention(
             query,
             *prompt,
             lengths,
             *own,
-            step,
+            steps,
             window=self.config.sliding_window if sliding else None,
             scale=self.config.attention_scale,
             soft_cap=self.config.attention_soft_cap,

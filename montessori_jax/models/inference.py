@@ -82,24 +82,25 @@ def decode(
     model: Model,
     weights: Params,
     tokens: Int[Array, "prompts samples"],
-    step: Int[Array, ""],
+    steps: Int[Array, "#prompts"] | Int[Array, ""],
     prompt: Cache,
     lengths: Int[Array, " prompts"],
     own: Cache,
 ) -> tuple[Float[Array, "prompts samples width"], Cache]:
-    """Hidden states of the ``step``-th generated tokens (from 0), and ``own`` with them in it.
+    """Hidden states of the ``steps``-th generated tokens (from 0), and ``own`` with them in it.
 
-    ``prompt`` is `prefill`'s cache; ``own`` has its slots below ``step`` filled (`empty_cache`
-    makes one).
+    ``prompt`` is `prefill`'s cache; ``own`` has its slots below ``steps`` filled, and what is in
+    those above does not matter (`empty_cache` makes one).
     """
-    positions = jnp.broadcast_to((lengths + step)[:, None], tokens.shape)
+    steps = jnp.broadcast_to(steps, lengths.shape)
+    positions = jnp.broadcast_to((lengths + steps)[:, None], tokens.shape)
     turns = rotations(model.config, positions)
     x = embedded(model.config, weights["embedding"], tokens, weights["embedding"].dtype)
     after = []
     layers = zip(_blocks(model, weights), prompt, own, model.config.sliding, strict=True)
     for block, prompt_layer, own_layer, sliding in layers:
         rotation = turns.of(sliding)
-        x, own_layer = block.decode(x, rotation, prompt_layer, lengths, own_layer, step, sliding)
+        x, own_layer = block.decode(x, rotation, prompt_layer, lengths, own_layer, steps, sliding)
         after.append(own_layer)
     return _normed(model, weights, x), tuple(after)
 

@@ -113,10 +113,11 @@ def test_wide():
     assert wide(jnp.float64) == jnp.float64
 
 
-def test_decoding_attends_to_the_prompt_and_to_what_is_written():
-    """Each sample by itself, by torch, on its prompt's real tokens and slots up to the step."""
+@pytest.mark.parametrize(("slots", "steps"), [(5, (2, 4)), (256, (130, 40))])
+def test_decoding_attends_to_the_prompt_and_to_what_is_written(slots: int, steps: tuple[int, int]):
+    """Each sample by itself, by torch, on its prompt's real tokens and slots up to its step."""
     rng = np.random.default_rng(3)
-    prompts, samples, prompt_length, slots, step = 2, 3, 6, 5, 2
+    prompts, samples, prompt_length = 2, 3, 6
     lengths = np.array([6, 4], np.int32)
 
     def draw(*shape: int) -> np.ndarray:
@@ -128,12 +129,13 @@ def test_decoding_attends_to_the_prompt_and_to_what_is_written():
     for array in prompt:
         array[1, :, 4:] = 1e3  # padding
     for array in own:
-        array[:, :, :, step + 1 :] = 1e3  # not written yet
-    found = decode_attention(query, *prompt, lengths, *own, jnp.asarray(step, jnp.int32))
+        for p, step in enumerate(steps):
+            array[p, :, :, step + 1 :] = 1e3  # not written yet
+    found = decode_attention(query, *prompt, lengths, *own, np.array(steps, np.int32))
     for p in range(prompts):
         for s in range(samples):
             key, value = (
-                np.concatenate([a[p, :, : lengths[p]], b[p, s, :, : step + 1]], axis=1)
+                np.concatenate([a[p, :, : lengths[p]], b[p, s, :, : steps[p] + 1]], axis=1)
                 for a, b in zip(prompt, own, strict=True)
             )
             repeated = [torch.tensor(a).repeat_interleave(2, dim=0) for a in (key, value)]

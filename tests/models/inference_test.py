@@ -52,3 +52,28 @@ def test_prefill_and_decoding_give_the_logits_of_whole_rows(dtype, tied):
         for step in range(slots):
             error = np.abs(steps[step][p] - whole[p, :, lengths[p] + step]).max()
             assert error < tolerance
+
+
+def test_a_row_is_the_same_to_the_bit_beside_a_longer_one():
+    """Other rows are attended to further; what lies beyond a row's own end does not matter."""
+    model, params = Model(BASE), random_params(BASE)
+    weights = unstack(model, params, jnp.float32)
+    rng = np.random.default_rng(6)
+    prompts = rng.integers(0, 61, (3, 8)).astype(np.int32)
+    lengths = np.array([5, 8, 7], np.int32)
+    new = rng.integers(0, 61, (3, 2)).astype(np.int32)
+    _, cache = jax.jit(partial(prefill, model))(weights, prompts, lengths)
+    step_once = jax.jit(partial(decode, model))
+
+    values = np.random.default_rng(7)
+    own = jax.tree.map(
+        lambda one: values.normal(size=one.shape).astype(np.float32),
+        empty_cache(model, 3, 2, 512, jnp.float32),
+    )
+    alone, _ = step_once(weights, new, np.array([3, 100, 127], np.int32), cache, lengths, own)
+    for beside in (200, 300, 511):
+        steps = np.array([3, beside, 127], np.int32)
+        found, _ = step_once(weights, new, steps, cache, lengths, own)
+        for slot in (0, 2):
+            assert np.array_equal(found[slot], alone[slot])
+        assert not np.array_equal(found[1], alone[1])
