@@ -51,7 +51,9 @@ class SamplingConfig:
     )
     max_tokens: int = setting(1024, "longest text generated, in tokens", ge=1)
     prompts_per_batch: int = setting(8, "prompts decoded side by side", ge=1)
-    dtype: Literal["float32", "bfloat16"] = setting("float32", "compute dtype")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "compute dtype; auto is bfloat16 on GPU and TPU, float32 on a CPU"
+    )
 
 
 @dataclass(frozen=True, config=STRICT)

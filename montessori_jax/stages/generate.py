@@ -1,7 +1,7 @@
 """Stage: a teacher writes instructions, filters keep the good ones, the teacher answers them.
 
 Writes ``data.parquet`` with its card, ``prompts.jsonl`` (what the teacher was asked) and
-``dropped.jsonl`` (what was not kept, and why). Resumes batch by batch.
+``dropped.jsonl`` (what was not kept, and why). Resumes prompt by prompt.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from montessori_jax.generation.prompts import (
     task_text,
 )
 from montessori_jax.generation.responses import finished_part
-from montessori_jax.generation.sampler import JaxSampler
+from montessori_jax.generation.sampler import JaxSampler, compute_dtype
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.runs import Journal, value_hash
 from montessori_jax.seeding import derive_seed
@@ -80,7 +80,7 @@ def sample(
     total: int,
     parameters: int,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Completions by prompt id, journalled batch by batch; finished prompts are not asked again."""
+    """Completions by prompt id, journalled prompt by prompt; finished ones are not asked again."""
     finished = [one for record in journal.records for one in record["completions"]]
     done = {one["prompt_id"] for one in finished}
     with work.bar(total, "text", label, done=len(finished)) as bar:
@@ -148,12 +148,17 @@ def generate(
     chat = ChatFormat.of(teacher)
     pool = _short_enough(pool, chat, teacher, settings, work)
     generator = JaxSampler(teacher.model, teacher.params, chat)
+    dtypes = {
+        "instructions": compute_dtype(settings.dtype),
+        "responses": compute_dtype(responses.dtype),
+    }
     key = {
         "teacher": teacher.fingerprint,
         "seeds": value_hash(pool),
         "prompts": prompts,
         "seed": work.seed,
         "settings": as_dict(settings),
+        "dtypes": dtypes,
     }
     journal = Journal(work.file("instructions.jsonl"), key)
     filters = InstructionFilter(FilterSettings.of(settings.filters), pool)
@@ -239,6 +244,7 @@ def generate(
         "yield": round(report.yielded, 4),
         "dropped": {**dict(report.ordered()), "no_response": len(unanswered)},
         "rows": len(rows),
+        "dtypes": dtypes,
     }
     card = DatasetCard(
         title="Synthetic instruction data",
