@@ -114,6 +114,10 @@ class ResponseConfig(SamplingConfig):
     presence_penalty: float = setting(1.0, "subtracted once from each token generated", ge=-2, le=2)
 
 
+Attention = Literal["auto", "xla", "cudnn", "splash"]
+ATTENTION_HELP = "attention kernel; auto is the backend's fastest that is exact for the batch"
+
+
 @dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
     """AdamW or SGD with a warm-up, stable, decay schedule."""
@@ -149,6 +153,7 @@ class TrainingConfig(OptimizerConfig):
         "float32", "compute dtype; parameters and moments stay float32"
     )
     remat: Literal["none", "full", "dots"] = setting("full", "what the backward pass recomputes")
+    attention: Attention = setting("auto", ATTENTION_HELP)
     checkpoint_every: int = setting(100, "optimizer steps between checkpoints", ge=1)
     log_every: int = setting(1, "optimizer steps between lines of metrics", ge=1)
     lora_rank: int = setting(
@@ -260,6 +265,7 @@ class EvaluationConfig:
     max_length: int = setting(1024, "longest sample in tokens; the response is cut there", ge=8)
     rows_per_pass: int = setting(4, "rows on the device at one time", ge=1)
     dtype: Literal["float32", "bfloat16"] = setting("float32", "compute dtype")
+    attention: Attention = setting("auto", ATTENTION_HELP)
 
 
 @dataclass(frozen=True, config=STRICT)

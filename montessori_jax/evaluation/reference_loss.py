@@ -39,9 +39,11 @@ class ReferenceLoss:
         return row
 
 
-@partial(jax.jit, static_argnames=("model", "samples", "dtype"))
-def _sums(model: Model, params: Params, batch: Batch, samples: int, dtype: str) -> Any:
-    losses = token_losses(model, params, batch, dtype=jnp.dtype(dtype))
+@partial(jax.jit, static_argnames=("model", "samples", "dtype", "attention"))
+def _sums(
+    model: Model, params: Params, batch: Batch, samples: int, dtype: str, attention: str
+) -> Any:
+    losses = token_losses(model, params, batch, dtype=jnp.dtype(dtype), attention=attention)
     return sum_by_sample(losses, batch, samples)
 
 
@@ -73,7 +75,8 @@ def reference_loss(
     for start in range(0, len(layout), step):
         part = layout[start : start + step]
         batch = pack(chats, part, row_length=row_length, slots=slots, rows=step)
-        sums = jax.device_get(_sums(model, params, batch, len(chats), settings.dtype))
+        options = {"dtype": settings.dtype, "attention": settings.attention}
+        sums = jax.device_get(_sums(model, params, batch, len(chats), **options))
         total += np.asarray(sums.total, np.float64)
         count += np.asarray(sums.count, np.float64)
         progress(sum(len(row) for row in part))

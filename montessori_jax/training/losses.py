@@ -64,6 +64,7 @@ def token_losses(
     *,
     dtype: jnp.dtype | type = jnp.float32,
     remat: str = "none",
+    attention: str = "xla",
 ) -> Float[Array, "rows slots"]:
     """Negative log-likelihood in nats of each target of a batch; the head sees targets alone."""
     hidden = model.hidden(
@@ -74,6 +75,7 @@ def token_losses(
         branches=batch.branches,
         dtype=dtype,
         remat=remat,
+        attention=attention,
     )
     states = jnp.take_along_axis(hidden, batch.target_positions[..., None], axis=1)
     flat = cross_entropy(

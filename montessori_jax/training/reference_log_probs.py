@@ -63,7 +63,9 @@ def pair_log_probs(
             slots=shape.slots,
             rows=shape.rows,
         )
-        log_probs = jax.device_get(_log_probs(model, params, batch, settings.dtype))
+        log_probs = jax.device_get(
+            _log_probs(model, params, batch, settings.dtype, settings.attention)
+        )
         for row, index in enumerate(members):
             found[index] = np.asarray(log_probs[row, : targets[index]], np.float32)
         done += len(members)
@@ -73,9 +75,11 @@ def pair_log_probs(
     return found
 
 
-@partial(jax.jit, static_argnames=("dtype",))
-def _log_probs(model: Model, params: Params, pairs: PairBatch, dtype: str) -> jax.Array:
-    return -token_losses(model, params, pairs.batch, dtype=jnp.dtype(dtype))
+@partial(jax.jit, static_argnames=("dtype", "attention"))
+def _log_probs(
+    model: Model, params: Params, pairs: PairBatch, dtype: str, attention: str
+) -> jax.Array:
+    return -token_losses(model, params, pairs.batch, dtype=jnp.dtype(dtype), attention=attention)
 
 
 def reference_log_probs(
@@ -96,7 +100,7 @@ def reference_log_probs(
         model: the decoder.
         params: the reference model's parameters; not read when the cache holds.
         pairs: encoded pairs.
-        settings: decide lengths and compute dtype.
+        settings: decide lengths, compute dtype and attention kernel.
         cache: an ``.npz`` file, written atomically and replaced when stale or damaged.
         fingerprints: of the model's weights and of its tokenizer.
         say: told in one line why a cache is not used.
@@ -108,6 +112,7 @@ def reference_log_probs(
             *fingerprints,
             repr(model.config),
             settings.dtype,
+            settings.attention,
             settings.max_length,
             _content(pairs),
         ]

@@ -78,7 +78,14 @@ def sft_step(model: Model, tx: optax.GradientTransformation, settings: TrainingC
 
     def step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def objective(params: Params, batch: Batch) -> tuple[Array, Metrics]:
-            losses = token_losses(model, params, batch, dtype=dtype, remat=settings.remat)
+            losses = token_losses(
+                model,
+                params,
+                batch,
+                dtype=dtype,
+                remat=settings.remat,
+                attention=settings.attention,
+            )
             weights = batch.target_weights.astype(losses.dtype)
             total = jnp.sum(losses * weights)
             return total, {"loss": total, "targets": jnp.sum(weights)}
@@ -97,11 +104,19 @@ def sft_step(model: Model, tx: optax.GradientTransformation, settings: TrainingC
 
 
 def pair_sums(
-    model: Model, params: Params, pairs: PairBatch, *, dtype: str, remat: str = "none"
+    model: Model,
+    params: Params,
+    pairs: PairBatch,
+    *,
+    dtype: str,
+    remat: str = "none",
+    attention: str = "xla",
 ) -> PairSums:
     """Log-probs of each pair's responses under ``params``, with the reference's beside them."""
     rows = pairs.batch.tokens.shape[0]
-    policy = -token_losses(model, params, pairs.batch, dtype=jnp.dtype(dtype), remat=remat)
+    policy = -token_losses(
+        model, params, pairs.batch, dtype=jnp.dtype(dtype), remat=remat, attention=attention
+    )
     reference = pairs.reference.astype(policy.dtype)
 
     def by_response(values: Array) -> Array:
@@ -123,7 +138,14 @@ def dpo_step(model: Model, tx: optax.GradientTransformation, settings: DpoConfig
 
     def step(model: Model, state: TrainState, pairs: PairBatch) -> tuple[TrainState, Metrics]:
         def objective(params: Params, pairs: PairBatch) -> tuple[Array, Metrics]:
-            sums = pair_sums(model, params, pairs, dtype=settings.dtype, remat=settings.remat)
+            sums = pair_sums(
+                model,
+                params,
+                pairs,
+                dtype=settings.dtype,
+                remat=settings.remat,
+                attention=settings.attention,
+            )
             real = jnp.any(pairs.batch.target_weights > 0, axis=1).astype(sums.policy.dtype)
             measures = pair_measures(jax.lax.stop_gradient(sums), settings)
             totals = {name: jnp.sum(values * real) for name, values in measures.items()}

@@ -11,9 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+from montessori_jax.config import DpoConfig, EvaluationConfig, SftConfig
+from montessori_jax.data.packing import pack
 from montessori_jax.errors import UserError
+from montessori_jax.evaluation.reference_loss import reference_loss
 from montessori_jax.models.attention import packed_attention, visible
 from montessori_jax.models.attention_kernels import by_dot_product, by_splash, choose
+from montessori_jax.training.optimizer import make_optimizer
+from montessori_jax.training.pairs import pack_pairs
+from montessori_jax.training.reference_log_probs import pair_log_probs
+from montessori_jax.training.state import start
+from montessori_jax.training.steps import dpo_step, sft_step
+from tests.training import samples
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
@@ -256,3 +265,24 @@ def test_kernels_that_do_not_run_here_are_refused_by_name():
     for name, part in (("cudnn", "needs a GPU, but"), ("splash", "needs a TPU"), ("x", "choose")):
         with pytest.raises(UserError, match=part):
             packed_attention(*arrays, Case().segments(), implementation=name)
+
+
+def test_settings_reach_the_kernel():
+    """On a CPU a fused kernel is refused, by training, DPO's reference and the evaluation."""
+    model, params = samples.student()
+    chats, pairs = samples.chats(2), samples.pairs(2)
+    batch = jax.tree.map(lambda leaf: leaf[None], pack(chats, [[0], [1]], row_length=32, slots=32))
+    settings = SftConfig(attention="splash", max_length=32)
+    tx = make_optimizer(settings, 1)
+    with pytest.raises(UserError, match="'splash' needs a TPU"):
+        jax.eval_shape(sft_step(model, tx, settings), start(params, tx), batch)
+    with pytest.raises(UserError, match="'cudnn' needs a GPU"):
+        pair_log_probs(model, params, pairs, DpoConfig(attention="cudnn"))
+    with pytest.raises(UserError, match="'cudnn' needs a GPU"):
+        reference_loss(model, params, chats, EvaluationConfig(attention="cudnn"))
+    packed = jax.tree.map(lambda leaf: leaf[None], pack_pairs(
+        pairs, [np.zeros(pair.targets) for pair in pairs], row_length=32, slots=32, rows=2
+    ))  # fmt: skip
+    dpo = DpoConfig(attention="splash")
+    with pytest.raises(UserError, match="'splash' needs a TPU"):
+        jax.eval_shape(dpo_step(model, tx, dpo), start(params, tx), packed)

@@ -12,13 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from montessori_jax.config import SamplingConfig
+from montessori_jax.data.chat import EncodedChat
+from montessori_jax.data.packing import pack
 from montessori_jax.generation.generator import PromptRequest
 from montessori_jax.generation.sampler import JaxSampler
 from montessori_jax.models import Model
 from montessori_jax.models.families import family_of
 from montessori_jax.models.folder import load_folder, save_folder
 from montessori_jax.models.weights import from_params, to_params
-from montessori_jax.training.losses import cross_entropy
+from montessori_jax.training.losses import token_losses
 from tests.models.tiny import (
     FAMILIES,
     jax_logits,
@@ -88,26 +90,26 @@ def test_settings_of_families_both_ways(name: str, changes: dict, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gradients_of_a_loss_for_all_parameters(name: str):
+def test_gradients_of_the_training_loss_for_all_parameters(name: str):
+    """Two samples packed in a row here, one after the other there."""
     theirs, model, params = both(name)
-    tokens = tokens_for(FAMILIES[name], length=LENGTH)
-    out = theirs(torch.tensor(tokens), use_cache=False).logits[:, :-1]
-    labels = torch.tensor(tokens[:, 1:])
-    expected_loss = torch.nn.functional.cross_entropy(out.flatten(0, 1), labels.flatten())
+    texts = [tokens_for(FAMILIES[name], rows=1, length=size)[0] for size in (LENGTH, 23)]
     theirs.zero_grad()
-    expected_loss.backward()
+    total = 0.0
+    for text in texts:
+        out = theirs(torch.tensor(text[None]), use_cache=False).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(out, torch.tensor(text[1:]), reduction="sum")
+        loss.backward()
+        total += loss.item()
+
+    chats = [EncodedChat(text.astype(np.int32), 1) for text in texts]
+    batch = pack(chats, [[0, 1]], row_length=64, slots=64)
 
     def loss(params):
-        ones = jnp.ones(tokens.shape, jnp.int32)
-        places = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), tokens.shape)
-        hidden = model.hidden(params, jnp.asarray(tokens, jnp.int32), ones, places)[:, :-1]
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        targets = jnp.asarray(tokens[:, 1:].reshape(-1), jnp.int32)
-        cap = model.config.logit_soft_cap
-        return jnp.mean(cross_entropy(flat, model.head(params), targets, soft_cap=cap, chunk=32))
+        return jnp.sum(token_losses(model, params, batch) * batch.target_weights)
 
     found_loss, gradient = jax.jit(jax.value_and_grad(loss))(params)
-    assert float(found_loss) == pytest.approx(expected_loss.item(), rel=1e-6)
+    assert float(found_loss) == pytest.approx(total, rel=1e-6)
     expected = {key: value.grad.numpy() for key, value in theirs.named_parameters()}
     found = dict(from_params(model.config, gradient))
     assert found.keys() == expected.keys()
