@@ -5,18 +5,23 @@ import json
 import jax
 import numpy as np
 import pytest
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 
 from montessori_jax.errors import UserError
+from montessori_jax.models import Model
 from montessori_jax.models.adapter_folder import CONFIG as CONFIG_FILE
 from montessori_jax.models.adapter_folder import WEIGHTS, load_adapter, save_adapter
-from montessori_jax.models.lora import LoraSpec
+from montessori_jax.models.families import family_of
+from montessori_jax.models.lora import LoraModel, LoraSpec, init_adapter
 from montessori_jax.models.sources import load_model, model_fingerprint
+from montessori_jax.models.weights import to_params
 from tests.models import tiny
 from tests.models.peft_twin import CONFIG, logits, twins
 
 TOKENS = tiny.tokens_for(CONFIG, rows=2, length=12).astype(np.int32)
+
+SPEC = LoraSpec(2, 4.0)
 
 
 def same(first, second):
@@ -65,6 +70,39 @@ def test_names_that_would_say_too_much_are_longer(tmp_path):
     names = load_file(tmp_path / WEIGHTS)
     assert "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight" in names
     assert len(names) == 2 * 2 * CONFIG["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_names_and_shapes_are_pefts_in_every_family(tmp_path, family):
+    settings = tiny.FAMILIES[family]
+    model = Model(family_of(settings, "test"))
+    save_adapter(tmp_path, model, init_adapter(jax.random.key(0), model, SPEC), SPEC)
+    theirs = get_peft_model(
+        tiny.torch_model(settings), LoraConfig(r=2, target_modules="all-linear")
+    )
+    expected = {
+        name.replace(".default", ""): tuple(parameter.shape)
+        for name, parameter in theirs.named_parameters()
+        if ".lora_" in name
+    }
+    found = {name: tensor.shape for name, tensor in load_file(tmp_path / WEIGHTS).items()}
+    assert found == expected
+
+
+def test_another_familys_logits(tmp_path):
+    """Gemma 2: norms around each part, soft caps, a tied and scaled embedding."""
+    settings = tiny.FAMILIES["gemma2"]
+    torch_model = tiny.torch_model(settings)
+    config = family_of(settings, "test")
+    ours = LoraModel(config, to_params(config, tiny.state(torch_model)), SPEC)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.05, ours.init(jax.random.key(0)))
+    save_adapter(tmp_path, ours.decoder, adapter, SPEC)
+    plain = tiny.torch_logits(torch_model, TOKENS)
+    expected = tiny.torch_logits(
+        PeftModel.from_pretrained(torch_model, str(tmp_path)).eval(), TOKENS
+    )
+    assert tiny.relative_error(plain, expected) > 1e-2
+    assert tiny.relative_error(tiny.jax_logits(ours, adapter, TOKENS), expected) < 1e-4
 
 
 def test_a_model_named_by_its_adapter_is_merged(tmp_path):
