@@ -42,7 +42,7 @@ from montessori_jax.costs import peak_memory
 from montessori_jax.data.chat import ChatFormat, EncodedChat, fit
 from montessori_jax.data.packing import bucket, pack
 from montessori_jax.data.rows import read_rows
-from montessori_jax.influence import MeanLoss, TokenLosses, agreement
+from montessori_jax.influence import MeanLoss, Probe, TokenLosses, agreement
 from montessori_jax.influence.chats import chat_candidate
 from montessori_jax.influence.local import METHODS
 from montessori_jax.influence.scoring import reference_for
@@ -149,13 +149,16 @@ def run_ours(folder: Path, method: str, block: int) -> dict[str, Any]:
     ]
     start = time.perf_counter()
     scorer = METHODS[method](
-        MeanLoss(TokenLosses(model)),
-        params,
-        state,
-        probe_optimizer(WARMUP, WARMUP.learning_rate),
-        reference_for(model, references, InfluenceConfig(method=method)),
-        block=block,
-        chunk=len(chats),
+        Probe(
+            MeanLoss(TokenLosses(model)),
+            params,
+            state,
+            probe_optimizer(WARMUP, WARMUP.learning_rate),
+            {"reference": reference_for(model, references, InfluenceConfig(method=method))},
+            block=block,
+            chunk=len(chats),
+            pool=items,
+        )
     )
     scorer(items)
     set_up = time.perf_counter() - start

@@ -347,7 +347,11 @@ def _add_influence(commands: Any) -> None:
         "--student", help=f"a warmed-up checkpoint (sft --keep-optimizer), or {MODEL}"
     )
     parser.add_argument("--candidates", required=True, help=ROWS)
-    parser.add_argument("--reference", help=ROWS)
+    parser.add_argument(
+        "--reference",
+        action="append",
+        help=f"{ROWS}; several sets, each with its own columns: --reference NAME=FILE for each",
+    )
     parser.add_argument("--out", required=True, help="scores, .jsonl or .parquet")
     parser.add_argument(
         "--num-reference",
@@ -364,7 +368,12 @@ def _influence(parsed: argparse.Namespace, stop: Any) -> None:
     from montessori_jax.models.sources import load_model
     from montessori_jax.runs import StageFolder, remove_tree, value_hash
     from montessori_jax.stages.finetune import warm_up
-    from montessori_jax.stages.influence import audit_line, check_suffix, influence
+    from montessori_jax.stages.influence import (
+        audit_line,
+        check_suffix,
+        influence,
+        reference_sets,
+    )
 
     base = build(RunConfig, _base(parsed), parsed.config or "command line")
     settings = settings_from(parsed, InfluenceConfig, _section(parsed, "influence"))
@@ -387,7 +396,7 @@ def _influence(parsed: argparse.Namespace, stop: Any) -> None:
     result = influence(
         student,
         parsed.candidates,
-        parsed.reference or base.data.reference,
+        reference_sets(parsed.reference or [base.data.reference]),
         settings,
         work,
         num_reference=_rows_wanted(parsed, parsed.num_reference, "num_reference"),

@@ -9,7 +9,7 @@ An optional ``id`` is a text or a whole number. Other columns are left alone.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Row:
       response: the response; with ``messages``, the last assistant turn; "" if there is none
         (only where none was needed).
       messages: the turns as they were given, or None for an instruction row.
+      prompt_id: the ``prompt_id`` column, which candidates of one generation prompt share.
     """
 
     index: int
@@ -43,6 +44,7 @@ class Row:
     input: str
     response: str
     messages: tuple[Message, ...] | None = None
+    prompt_id: str | None = None
 
     def prompt(self) -> list[Message]:
         """The turns before the response: an input follows its instruction after a newline."""
@@ -182,7 +184,7 @@ def _with_ids(name: str, parsed: list[tuple[int, str | None, Row | str]]) -> Row
         if isinstance(row, str):
             bad.append(BadRow(index, own, row))
         else:
-            rows.append(Row(index, own, row.instruction, row.input, row.response, row.messages))
+            rows.append(replace(row, index=index, id=own))
     return RowFile(name, rows, bad)
 
 
@@ -192,9 +194,13 @@ def _parse(index: int, record: Record, need_response: bool) -> tuple[str | None,
     own: str | None = None
     try:
         own = _id(record.get("id"))
-        if _absent(record.get("messages")):
-            return own, _instruction_row(index, record, need_response)
-        return own, _messages_row(index, record["messages"], need_response)
+        prompt = record.get("prompt_id")
+        row = (
+            _instruction_row(index, record, need_response)
+            if _absent(record.get("messages"))
+            else _messages_row(index, record["messages"], need_response)
+        )
+        return own, row if prompt is None else replace(row, prompt_id=str(prompt))
     except _Malformed as malformed:
         return own, str(malformed)
 

@@ -1,22 +1,24 @@
 """Encoded chats as candidates and as a reference set, for this project's decoders."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from montessori_jax.data.chat import EncodedChat, fit
 from montessori_jax.data.packing import Batch, assign_rows, bucket, count_targets, pack
 from montessori_jax.errors import UserError
 from montessori_jax.influence.memory import activation_bytes
+from montessori_jax.influence.precision import compute_dtype, matmul_precision
 from montessori_jax.influence.reference import Reduction, Reference, sample_weights
 from montessori_jax.influence.scores import Candidate
 from montessori_jax.models import Model, Params
-from montessori_jax.training.losses import token_losses
+from montessori_jax.training.losses import sum_by_sample, token_losses
 
 # Activations up to this size are kept for the backward pass; beyond it they are recomputed, which
 # costs a forward pass. By shape alone, so that a score does not depend on the memory at hand.
@@ -24,6 +26,8 @@ KEPT_ACTIVATIONS = 2 * 2**30
 SHORTEST_CANDIDATE = 64
 # Shorter rows waste less attention, longer ones less padding (measured: docs/log.md).
 SHORTEST_ROW = 256
+# Tokens of packed candidates that go through forward mode at one time.
+TOKENS_TOGETHER = 4096
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("model",), meta_fields=("dtype",))
@@ -31,10 +35,9 @@ SHORTEST_ROW = 256
 class TokenLosses:
     """``(params, batch) -> losses [rows, slots]`` of a decoder; equal ones share programs.
 
-    A pytree: the arrays that a model holds (LoRA's base) are arguments of those programs.
-
-    In float32 every product is float32 to the last bit (JAX's ``highest``): the default of GPUs
-    (TF32) and TPUs (one bf16 pass) is coarser than the differences that influence is made of.
+    A pytree: where the model holds arrays of its own (an adapter's frozen base) they are arguments
+    of the programs. ``dtype`` is ``float32``, ``bf16_split``, ``bfloat16`` (or ``float64``), see
+    `montessori_jax.influence.precision`.
     """
 
     model: Model
@@ -42,14 +45,21 @@ class TokenLosses:
 
     def __call__(self, params: Params, batch: Batch) -> Float[Array, "rows slots"]:
         kept = activation_bytes(self.model.config, *batch.tokens.shape) <= KEPT_ACTIVATIONS
-        with jax.default_matmul_precision("default" if self.dtype == "bfloat16" else "highest"):
+        with jax.default_matmul_precision(matmul_precision(self.dtype)):
             return token_losses(
                 self.model,
                 params,
                 batch,
-                dtype=jnp.dtype(self.dtype),
+                dtype=compute_dtype(self.dtype),
                 remat="none" if kept else "full",
             )
+
+
+class Packed(NamedTuple):
+    """Many candidates in the rows of one batch; one number for each place of a sample."""
+
+    batch: Batch
+    numbers: Int[Array, " samples"]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("losses",), meta_fields=())
@@ -60,9 +70,48 @@ class MeanLoss:
     losses: TokenLosses
 
     def __call__(self, params: Params, batch: Batch) -> Float[Array, ""]:
+        return jnp.sum(self.terms(params, batch))
+
+    def terms(self, params: Params, batch: Batch) -> Float[Array, "rows slots"]:
+        """What each target adds to the mean loss; 0 on fillers."""
         losses = self.losses(params, batch)
         weights = batch.target_weights.astype(losses.dtype)
-        return jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+        return losses * weights / jnp.maximum(jnp.sum(weights), 1.0)
+
+    def together(self, data: Sequence[Batch]) -> Iterator[tuple[Packed, list[int]]]:
+        """Candidates of `chat_candidate` packed again, many to a row, `TOKENS_TOGETHER` a batch.
+
+        Yields batches of a few shapes and, for the samples of each, their indices in ``data``.
+        """
+        chats = [unpacked(one) for one in data]
+        lengths = [len(chat.tokens) for chat in chats]
+        width = bucket(max([*lengths, SHORTEST_ROW]))
+        layout = assign_rows(lengths, width)
+        most = max(1, TOKENS_TOGETHER // width)
+        for start in range(0, len(layout), most):
+            rows = layout[start : start + most]
+            members = [index for row in rows for index in row]
+            places = {index: place for place, index in enumerate(members)}
+            batch = pack(
+                [chats[index] for index in members],
+                [[places[index] for index in row] for row in rows],
+                row_length=width,
+                rows=min(most, bucket(len(rows), 1)),
+            )
+            yield Packed(batch, jnp.arange(bucket(len(members)))), members
+
+    def each(self, params: Params, packed: Packed) -> Float[Array, " samples"]:
+        """The mean loss of every packed candidate; 0 in places without one."""
+        losses = self.losses(params, packed.batch)
+        sums = sum_by_sample(losses, packed.batch, len(packed.numbers))
+        return sums.total / jnp.maximum(sums.count, 1.0)
+
+
+def unpacked(data: Batch) -> EncodedChat:
+    """The chat in a batch of one row and one sample."""
+    length = int(np.count_nonzero(data.segment_ids[0]))
+    targets = int(np.count_nonzero(data.target_weights[0]))
+    return EncodedChat(np.asarray(data.tokens[0][:length]), length - targets)
 
 
 def chat_candidate(
@@ -125,25 +174,33 @@ def chat_reference(
     weights = sample_weights(counts, reduction)
     used = [i for i in fitted if counts[i]]
     samples = [fitted[i] for i in used]
-    lengths = [len(chat.tokens) for chat in samples]
-    longest = max(lengths)
+    longest = max(len(chat.tokens) for chat in samples)
     if row_length and longest > row_length:
         raise UserError(
             f"row_length {row_length}: a reference sample has {longest} tokens; raise row_length, "
             "or leave it at 0, which chooses"
         )
-    width = row_length or bucket(max(longest, SHORTEST_ROW))
-    layout = assign_rows(lengths, width)
-    passes = -(-len(layout) // rows_per_pass)
-    rows = -(-len(layout) // passes)
-    most = max(sum(count_targets(samples[i]) for i in row) for row in layout)
-    batch = pack(samples, layout, row_length=width, slots=-(-most // 8) * 8, rows=passes * rows)
-    batch = jax.tree.map(lambda leaf: leaf.reshape(passes, rows, -1), batch)
-    token_weights = weights[used][batch.target_samples] * (batch.target_weights > 0)
     losses = TokenLosses(model, dtype)
-    return Reference(
-        losses,
-        jax.device_put(batch),
-        token_weights,
-        TokenLosses(model, gradient_dtype) if gradient_dtype != dtype else None,
-    )
+    smooth = TokenLosses(model, gradient_dtype) if gradient_dtype != dtype else None
+
+    def of(indices: Sequence[int]) -> Reference:
+        chosen = [samples[i] for i in indices]
+        lengths = [len(chat.tokens) for chat in chosen]
+        width = row_length or bucket(max([*lengths, SHORTEST_ROW]))
+        layout = assign_rows(lengths, width)
+        passes = -(-len(layout) // rows_per_pass)
+        rows = -(-len(layout) // passes)
+        most = max(sum(count_targets(chosen[i]) for i in row) for row in layout)
+        batch = pack(chosen, layout, row_length=width, slots=-(-most // 8) * 8, rows=passes * rows)
+        batch = jax.tree.map(lambda leaf: leaf.reshape(passes, rows, -1), batch)
+        sample_weight = weights[[used[i] for i in indices]]
+        return Reference(
+            losses,
+            jax.device_put(batch),
+            sample_weight[batch.target_samples] * (batch.target_weights > 0),
+            smooth,
+            batch.target_samples,
+            lambda fewer: of([indices[i] for i in fewer]),
+        )
+
+    return of(range(len(samples)))

@@ -11,35 +11,30 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from montessori_jax.influence.blocks import map_blocks, score_in_blocks, shape_key
-from montessori_jax.influence.reference import (
-    BatchLosses,
-    Reference,
-    batch_by_batch,
-    require_finite,
-)
-from montessori_jax.influence.scores import Candidate, Score, Scorer, measured_score
-from montessori_jax.influence.step import CandidateLoss, Params, candidate_update
-from montessori_jax.pytrees import as_pytree
+from montessori_jax.influence.probe import Probe
+from montessori_jax.influence.reference import BatchLosses, batch_by_batch, require_finite
+from montessori_jax.influence.scores import Candidate, Measured, Score, Scorer, measured_score
+from montessori_jax.influence.step import CandidateLoss, Params, as_argument, candidate_update
 
 # What a probe does before it measures the reference loss.
 STAY, ZERO_GRADIENT, STEP = 0, 1, 2
 
 
 class Probes(NamedTuple):
-    """Results of a program run: leaves ``[blocks, K, ...]``."""
+    """Results of a program run: leaves ``[blocks, K, ...]``, token losses set by set."""
 
     candidate_loss: Float[Array, "blocks lanes"]
-    reference_losses: Float[Array, "blocks lanes passes *tokens"]
+    reference_losses: tuple[Float[Array, "blocks lanes passes *tokens"], ...]
 
 
 @partial(jax.jit, static_argnames=("tx", "gradient_scale"))
-def probe(
+def probe_step(
     candidate_loss: CandidateLoss,
     tx: optax.GradientTransformation,
-    reference_losses: BatchLosses,
+    reference_losses: tuple[BatchLosses, ...],
     params: Params,
     opt_state: optax.OptState,
-    batches: Any,
+    batches: tuple[Any, ...],
     data: Any,
     mode: Int[Array, "blocks lanes"],
     filled: Bool[Array, " blocks"],
@@ -53,7 +48,7 @@ def probe(
     are made; params and opt_state are read where they lie.
     """
 
-    def one(inputs: tuple[Any, Array]) -> tuple[Array, Array]:
+    def one(inputs: tuple[Any, Array]) -> tuple[Array, tuple[Array, ...]]:
         data, mode = inputs
         loss, updates = candidate_update(
             candidate_loss,
@@ -67,92 +62,83 @@ def probe(
         after = jax.tree.map(
             lambda p, u: jnp.where(mode == STAY, p, p + u.astype(p.dtype)), params, updates
         )
-        return loss, batch_by_batch(reference_losses, after, batches)
+        found = (
+            batch_by_batch(losses, after, own)
+            for losses, own in zip(reference_losses, batches, strict=True)
+        )
+        return loss, tuple(found)
 
     return Probes(*map_blocks(one, (data, mode), filled))
 
 
-def exact(
-    candidate_loss: CandidateLoss,
-    params: Params,
-    opt_state: optax.OptState,
-    tx: optax.GradientTransformation,
-    reference: Reference,
-    *,
-    gradient_scale: float = 1.0,
-    block: int = 1,
-    chunk: int = 16,
-    offset: bool = True,
-) -> Scorer:
+def exact(probe: Probe, *, offset: bool = True) -> Scorer:
     """A scorer of ``L_ref(theta) - L_ref(theta + Delta)`` (arXiv 2410.14208, section 3.2).
 
     ``Delta`` is the optimizer's update for the candidate alone, from the warm-up's state. A
-    candidate costs its gradient and one forward pass over the reference; each shape of candidate
-    costs one more pass for the loss before, and one for ``offset``.
+    candidate costs its gradient and one forward pass over the reference, ``6NT + 2NR``; each shape
+    of candidate costs one more pass for the loss before, and one for ``offset``. Memory: a copy of
+    the parameters and a gradient a lane, and one reference batch.
 
     Args:
-        candidate_loss: ``(params, data) -> scalar``, hashable or a pytree.
-        params: the student's parameters.
-        opt_state: the optimizer's state after the warm-up.
-        tx: the optimizer, with the probe step's learning rate.
-        reference: the reference set.
-        gradient_scale: candidate gradients are multiplied by it.
-        block: candidates probed side by side; each needs its own copy of the parameters.
-        chunk: most candidates a call; longer sequences go through in several program runs.
+        probe: the student, its optimizer and the reference sets.
         offset: also measure the zero-gradient step.
     """
-    blocks = -(-chunk // block)
-    loss, reference_losses = as_pytree(candidate_loss), as_pytree(reference.losses_of_batch)
-    measured: dict[Any, tuple[np.ndarray, float | None]] = {}
+    references = list(probe.references.values())
+    measured: dict[Any, tuple[list[np.ndarray], list[float | None]]] = {}
 
-    def run(data: Any, mode: int, filled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = probe(
-            loss,
-            tx,
-            reference_losses,
-            params,
-            opt_state,
-            reference.batches,
+    def run(data: Any, mode: int, filled: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        found = probe_step(
+            as_argument(probe.candidate_loss),
+            probe.tx,
+            tuple(as_argument(one.losses_of_batch) for one in references),
+            probe.params,
+            probe.opt_state,
+            tuple(one.batches for one in references),
             data,
-            np.full((blocks, block), mode, np.int32),
+            np.full((probe.blocks, probe.block), mode, np.int32),
             filled,
-            gradient_scale,
+            probe.gradient_scale,
         )
-        return np.asarray(found.candidate_loss), np.asarray(found.reference_losses)
+        return np.asarray(found.candidate_loss), [np.asarray(one) for one in found.reference_losses]
 
-    def start(data: Any) -> tuple[np.ndarray, float | None]:
+    def start(data: Any) -> tuple[list[np.ndarray], list[float | None]]:
         """Losses before, lane by lane, and the offset: once for each shape of candidate."""
         key = shape_key(data)
         if key not in measured:
-            first = np.arange(blocks) == 0
-            before = run(data, STAY, first)[1][0]
-            require_finite(reference.loss(before[0]))
-            shared = None
+            first = np.arange(probe.blocks) == 0
+            before = [losses[0] for losses in run(data, STAY, first)[1]]
+            for reference, losses in zip(references, before, strict=True):
+                require_finite(reference.loss(losses[0]))
+            shared: list[float | None] = [None] * len(references)
             if offset:
-                after = run(data, ZERO_GRADIENT, first)[1][0]
-                shared = reference.difference(before[0], after[0])
+                after = [losses[0, 0] for losses in run(data, ZERO_GRADIENT, first)[1]]
+                shared = [
+                    reference.difference(old[0], new)
+                    for reference, old, new in zip(references, before, after, strict=True)
+                ]
             measured[key] = before, shared
         return measured[key]
 
     def score(members: Sequence[Candidate], data: Any, filled: np.ndarray) -> list[Score]:
         before, shared = start(data)
-        losses, after_step = run(data, STEP, filled)
+        candidate_losses, after_step = run(data, STEP, filled)
         scores = []
         for place, one in enumerate(members):
-            at, lane = divmod(place, block)
-            after = after_step[at, lane]
-            influence = reference.difference(before[lane], after)
-            scores.append(
-                measured_score(
-                    one,
-                    influence,
-                    float(losses[at, lane]),
-                    loss_before=reference.loss(before[lane]),
-                    loss_after=reference.loss(after),
-                    offset=shared,
-                    method="exact",
+            at, lane = divmod(place, probe.block)
+            sets = {
+                name: Measured(
+                    influence=reference.difference(old[lane], after[at, lane]),
+                    loss_before=reference.loss(old[lane]),
+                    loss_after=reference.loss(after[at, lane]),
+                    offset=still,
                 )
-            )
+                for (name, reference), old, after, still in zip(
+                    probe.references.items(), before, after_step, shared, strict=True
+                )
+            }
+            scores.append(measured_score(one, float(candidate_losses[at, lane]), sets, "exact"))
         return scores
 
-    return partial(score_in_blocks, score=score, block=block, blocks=blocks, method="exact")
+    return partial(
+        score_in_blocks, score=score, block=probe.block, blocks=probe.blocks, method="exact"
+    )

@@ -6,7 +6,7 @@ and added up, in float64 on the host: the differences are a millionth of the los
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -17,8 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from montessori_jax.errors import UserError
-from montessori_jax.influence.step import Params
-from montessori_jax.pytrees import as_pytree
+from montessori_jax.influence.step import Params, as_argument
 
 Reduction = Literal["sample", "token", "batch8"]
 # (params, one batch) -> the losses of its tokens. Hashable or a pytree, as a `CandidateLoss` is.
@@ -63,12 +62,18 @@ class Reference:
         weights: float64 ``[passes, *tokens]``, zero on fillers.
         gradient_losses_of_batch: the same losses as the reference gradient sees them, for example
             computed in bf16; by default ``losses_of_batch``.
+        samples: which sample each token belongs to, 0, 1, ..., of the weights' shape; by default
+            each token is a sample of its own. What `control_variate` draws and `less` averages.
+        select: makes a reference of some samples alone, with their weights as they are here; by
+            default the passes that hold any of them, the other samples' weights being zero.
     """
 
     losses_of_batch: BatchLosses
     batches: Any
     weights: Float[np.ndarray, "passes *tokens"] = field(repr=False)
     gradient_losses_of_batch: BatchLosses | None = None
+    samples: Int[np.ndarray, "passes *tokens"] | None = field(default=None, repr=False)
+    select: Callable[[Sequence[int]], "Reference"] | None = field(default=None, repr=False)
 
     def loss(self, token_losses: Float[np.ndarray, "passes *tokens"]) -> float:
         """``sum_t weight_t loss_t`` in float64."""
@@ -83,14 +88,61 @@ class Reference:
         """``L_ref(before) - L_ref(after)``, subtracted token by token in float64."""
         return self.loss(before.astype(np.float64) - after.astype(np.float64))
 
+    @property
+    def count(self) -> int:
+        """The number of samples that have a say."""
+        return int(self._owners().max()) + 1
+
+    def by_sample(
+        self, token_values: Float[np.ndarray, "passes *tokens"]
+    ) -> Float[np.ndarray, " samples"]:
+        """``sum_t weight_t value_t`` over each sample's tokens, in float64."""
+        counted = self.weights > 0
+        values = self.weights[counted] * token_values[counted].astype(np.float64)
+        return np.bincount(self._owners(), weights=values, minlength=self.count)
+
+    def part(self, indices: Sequence[int]) -> "Reference":
+        """Some samples alone, numbered 0, 1, ... in the order of ``indices``."""
+        if self.select is not None:
+            return self.select(indices)
+        numbers = np.full(self.count, -1)
+        numbers[np.asarray(indices)] = np.arange(len(indices))
+        new = np.full(self.weights.shape, -1)
+        new[self.weights > 0] = numbers[self._owners()]
+        held = np.flatnonzero((new >= 0).reshape(len(new), -1).any(axis=1))
+        return Reference(
+            self.losses_of_batch,
+            jax.tree.map(lambda leaf: leaf[held], self.batches),
+            np.where(new >= 0, self.weights, 0.0)[held],
+            self.gradient_losses_of_batch,
+            np.maximum(new, 0)[held],
+        )
+
+    def _owners(self) -> Int[np.ndarray, " counted"]:
+        """The sample of each token that counts."""
+        counted = self.weights > 0
+        if self.samples is None:
+            return np.arange(np.count_nonzero(counted))
+        return self.samples[counted]
+
     def losses(self, params: Params) -> Float[np.ndarray, "passes *tokens"]:
         """Every token's loss, on the host, by one compiled program whatever the parameters."""
-        return jax.device_get(_losses(as_pytree(self.losses_of_batch), params, self.batches))
+        return jax.device_get(_losses(as_argument(self.losses_of_batch), params, self.batches))
 
     def gradient(self, params: Params) -> Params:
         """Gradient of the reference loss, added up batch by batch: memory of one batch."""
-        losses = self.gradient_losses_of_batch or self.losses_of_batch
-        return _gradient(as_pytree(losses), params, self.batches, self.weights)
+        return _gradient(self._smooth(), params, self.batches, self.weights)
+
+    def hvp(self, params: Params, vector: Params) -> Params:
+        """``H v`` with the reference loss's Hessian at ``params``: forward over reverse.
+
+        The derivative of `gradient` along ``vector`` (Pearlmutter 1994), batch by batch; about two
+        gradients in time and in activations.
+        """
+        return _hvp(self._smooth(), params, self.batches, self.weights, vector)
+
+    def _smooth(self) -> BatchLosses:
+        return as_argument(self.gradient_losses_of_batch or self.losses_of_batch)
 
 
 def batch_by_batch(losses: BatchLosses, params: Params, batches: Any) -> Array:
@@ -101,8 +153,9 @@ def batch_by_batch(losses: BatchLosses, params: Params, batches: Any) -> Array:
 _losses = jax.jit(batch_by_batch)
 
 
-@jax.jit
-def _gradient(losses: BatchLosses, params: Params, batches: Any, weights: Array) -> Params:
+def gradient_of(losses: BatchLosses, params: Params, batches: Any, weights: Array) -> Params:
+    """Gradient of ``sum_t weight_t loss_t``, added up batch by batch."""
+
     def weighted(params: Params, batch: Any, weights: Array) -> Array:
         values = losses(params, batch)
         # Fillers are chosen away, as a filler's infinite loss times zero would be NaN.
@@ -113,6 +166,16 @@ def _gradient(losses: BatchLosses, params: Params, batches: Any, weights: Array)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     return jax.lax.scan(add, zeros, (batches, weights))[0]
+
+
+_gradient = jax.jit(gradient_of)
+
+
+@jax.jit
+def _hvp(
+    losses: BatchLosses, params: Params, batches: Any, weights: Array, vector: Params
+) -> Params:
+    return jax.jvp(lambda p: gradient_of(losses, p, batches, weights), (params,), (vector,))[1]
 
 
 def single_batch(

@@ -1,7 +1,7 @@
 """What goes into a scorer and what comes out: one candidate, one score."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,16 @@ class Candidate(NamedTuple):
     reason: str | None = None
 
 
+class Measured(NamedTuple):
+    """A candidate's influence on one reference set, in nats; fields as in `Score`."""
+
+    influence: float
+    loss_before: float | None = None
+    loss_after: float | None = None
+    offset: float | None = None
+    standard_error: float | None = None
+
+
 @dataclass(frozen=True)
 class Score:
     """The local data influence of one candidate, in nats of reference loss.
@@ -26,7 +36,8 @@ class Score:
     Attributes:
         id: the candidate's.
         influence: reference loss before minus after one step on it; positive helps. None where
-            it could not be measured, for ``reason``.
+            it could not be measured, for ``reason``. Baselines (`grad_dot`, `grad_cos`, `less`)
+            have their own units.
         loss_before: reference loss of the student as it is; None where nothing was run.
         loss_after: reference loss after the step, where the method measures it.
         offset: influence of the step with a zero gradient, which every candidate's step shares
@@ -35,6 +46,8 @@ class Score:
         candidate_loss: the student's loss on the candidate before the step.
         reason: why there is no influence.
         standard_error: of ``influence``, where the method samples.
+        sets: with several reference sets, the numbers of `Measured` for each by name. The fields
+            above are those of the first set.
     """
 
     id: str
@@ -46,9 +59,10 @@ class Score:
     candidate_loss: float | None = None
     reason: str | None = None
     standard_error: float | None = None
+    sets: dict[str, dict[str, float | None]] | None = None
 
     def as_row(self) -> dict[str, Any]:
-        """The score as one flat JSON-able row."""
+        """The score as one JSON-able row; ``Score(**row)`` is the score again."""
         return asdict(self)
 
 
@@ -60,30 +74,39 @@ def unmeasured(candidate: Candidate, method: str) -> Score:
 
 def measured_score(
     candidate: Candidate,
-    influence: float,
     candidate_loss: float,
-    *,
-    loss_before: float,
-    loss_after: float | None,
-    offset: float | None,
+    measured: Mapping[str, Measured],
     method: str,
 ) -> Score:
     """A score as measured; without a number, and with the reason, where that is not finite."""
+    first = next(iter(measured.values()))
     reason = None
     if not math.isfinite(candidate_loss):
         reason = f"the loss on the candidate is {candidate_loss}"
-    elif not math.isfinite(influence):
-        reason = f"the step on the candidate gives an influence of {influence}"
+    elif not math.isfinite(first.influence):
+        reason = f"the step on the candidate gives an influence of {first.influence}"
+    sets = None
+    if len(measured) > 1:
+        sets = {name: _as_far_as_finite(one, reason) for name, one in measured.items()}
     return Score(
         id=candidate.id,
-        influence=None if reason else influence,
-        loss_before=loss_before,
-        loss_after=None if reason else loss_after,
-        offset=offset,
+        influence=None if reason else first.influence,
+        loss_before=first.loss_before,
+        loss_after=None if reason else first.loss_after,
+        offset=first.offset,
         method=method,
         candidate_loss=candidate_loss if math.isfinite(candidate_loss) else None,
         reason=reason,
+        standard_error=None if reason else first.standard_error,
+        sets=sets,
     )
+
+
+def _as_far_as_finite(one: Measured, reason: str | None) -> dict[str, float | None]:
+    values = one._asdict()
+    if reason or not math.isfinite(one.influence):
+        values |= {"influence": None, "loss_after": None, "standard_error": None}
+    return values
 
 
 # Scores a few candidates, in their order. Made once per student by an estimator's function.

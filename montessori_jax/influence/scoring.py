@@ -1,15 +1,26 @@
 """Candidates scored on a student as settings say: what the stage and the command line call."""
 
 import logging
-from collections.abc import Container, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from montessori_jax.config import InfluenceConfig
 from montessori_jax.data.chat import EncodedChat
+from montessori_jax.influence.audit import (
+    FEWEST,
+    Choice,
+    Floors,
+    ScoreSome,
+    audit_count,
+    choose_audited,
+    choose_method,
+)
 from montessori_jax.influence.chats import (
     KEPT_ACTIVATIONS,
     MeanLoss,
@@ -17,15 +28,49 @@ from montessori_jax.influence.chats import (
     chat_candidate,
     chat_reference,
 )
-from montessori_jax.influence.local import OnChunk, local_influence
+from montessori_jax.influence.costs import costs, ladder
+from montessori_jax.influence.local import METHODS, OnChunk, chunks
 from montessori_jax.influence.memory import activation_bytes, block_size
 from montessori_jax.influence.noise import noise_floor
+from montessori_jax.influence.precision import require_precision
+from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.reference import Reference
-from montessori_jax.influence.scores import Candidate, Score
-from montessori_jax.influence.step import candidate_update
+from montessori_jax.influence.scores import Candidate, Score, Scorer
+from montessori_jax.influence.step import as_argument, candidate_update
 from montessori_jax.models import Model, Params
 
 log = logging.getLogger(__name__)
+
+# Reference rows, or several sets of them by name.
+ReferenceChats = Sequence[EncodedChat] | Mapping[str, Sequence[EncodedChat]]
+BASELINES = ("grad_dot", "grad_cos", "less")
+
+
+class Student(NamedTuple):
+    """What is probed: a decoder, its parameters, the optimizer's state and the probe step."""
+
+    model: Model
+    params: Params
+    opt_state: optax.OptState
+    tx: optax.GradientTransformation
+
+
+def resolved(settings: InfluenceConfig) -> InfluenceConfig:
+    """Settings with their preset applied.
+
+    ``original`` is the regime of Montessori-Instruct's public code: gradients divided by its 8
+    devices, the reference loss a mean over batches of 8, parameters, moments and products in bf16,
+    and a difference of two losses unless another method is named.
+    """
+    if settings.preset != "original":
+        return settings
+    return replace(
+        settings,
+        method="exact" if settings.method == "auto" else settings.method,
+        gradient_scale=1 / 8,
+        reference_reduction="batch8",
+        precision="bfloat16",
+    )
 
 
 def score_candidates(
@@ -34,12 +79,14 @@ def score_candidates(
     opt_state: optax.OptState,
     tx: optax.GradientTransformation,
     chats: Sequence[EncodedChat],
-    reference_chats: Sequence[EncodedChat],
+    reference_chats: ReferenceChats,
     settings: InfluenceConfig,
     *,
     ids: Sequence[str] | None = None,
+    groups: Sequence[Hashable] | None = None,
     finished: Container[int] = (),
     on_chunk: OnChunk | None = None,
+    seed: int = 0,
 ) -> list[Score]:
     """Local data influence of chats on a student, chunk by chunk, as ``settings`` say.
 
@@ -50,50 +97,203 @@ def score_candidates(
         tx: the probe step (`montessori_jax.training.optimizer.probe_optimizer`), which carries
             the learning rate.
         chats: the candidates.
-        reference_chats: the reference set.
-        settings: method, reduction, precision, block and chunk.
+        reference_chats: the reference set, or several by name in one pass (`Score.sets`).
+        settings: method, reduction, precision, block and chunk. ``auto`` chooses first
+            (`choose_estimator`).
         ids: one a candidate; by default its number.
+        groups: each candidate's prompt, which ``auto`` compares pairs by.
         finished: numbers of chunks of ``settings.chunk`` candidates that are done already. The
             others get the scores that they would have had.
         on_chunk: called with each chunk's number and scores as they are made.
+        seed: of what is drawn: audited candidates, parts of the reference.
 
     Returns:
         The scores made in this call, in order. A candidate that cannot be measured has influence
         None and a reason.
 
     Raises:
-        UserError: no reference sample has response tokens, or the reference loss is not finite.
+        UserError: no reference sample has response tokens, a reference loss is not finite, or the
+            backend has no products of the precision asked for.
     """
-    reference = reference_for(model, reference_chats, settings)
-    loss = MeanLoss(TokenLosses(model, settings.dtype))
+    student = Student(model, params, opt_state, tx)
+    settings = resolved(settings)
+    if settings.method == "auto":
+        choice = choose_estimator(
+            *student, chats, reference_chats, settings, groups=groups, seed=seed
+        )
+        settings = with_method(settings, choice.method)
     names = [str(index) for index in range(len(chats))] if ids is None else ids
-    candidates = [
-        chat_candidate(name, chat, settings.max_length, coarse=settings.method == "exact")
+    candidates = candidates_of(chats, names, settings)
+    probe = probe_of(student, candidates, reference_chats, settings)
+    scorer = estimator(probe, settings, seed)
+    scores: list[Score] = []
+    for number, part in enumerate(chunks(candidates, settings.chunk)):
+        if number in finished:
+            continue
+        made = scorer(part)
+        scores += made
+        if on_chunk is not None:
+            on_chunk(number, made)
+    usable = [one for one in candidates if one.data is not None]
+    if settings.method == "exact" and settings.precision == "bfloat16" and usable and scores:
+        step = jax.jit(candidate_update, static_argnums=1)
+        loss = as_argument(probe.candidate_loss)
+        _, updates = step(loss, probe.tx, probe.params, probe.opt_state, usable[0].data)
+        first = next(iter(probe.references.values()))
+        report_noise(noise_floor(first, probe.params, updates), scores)
+    return scores
+
+
+def choose_estimator(
+    model: Model,
+    params: Params,
+    opt_state: optax.OptState,
+    tx: optax.GradientTransformation,
+    chats: Sequence[EncodedChat],
+    reference_chats: ReferenceChats,
+    settings: InfluenceConfig,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> Choice:
+    """Hold estimators to ``exact`` in float32 on a random subset; the cheapest that passes.
+
+    ``auto`` starts with the cheapest for so many candidates, another method with itself. With
+    ``on_audit_failure=fallback`` (and ``auto`` always) an estimator that misses a floor hands on
+    to the next dearer one, ``exact`` at last. At most ``settings.audit`` candidates are audited
+    and at most 15% of the scoring's cost, but at least 8; so few candidates are best measured by
+    ``exact`` alone.
+
+    Args:
+        model: as given to `score_candidates`, like the next five.
+        params: the student's parameters.
+        opt_state: the optimizer's state.
+        tx: the probe step.
+        chats: the candidates.
+        reference_chats: the reference sets; the first one is audited.
+        settings: the method, the floors and how many are audited.
+        groups: each candidate's prompt: whole prompts are audited and their pairs compared.
+        seed: draws the audited candidates.
+    """
+    student = Student(model, params, opt_state, tx)
+    settings = resolved(settings)
+    names = [str(index) for index in range(len(chats))]
+    candidates = candidates_of(chats, names, settings)
+    usable = [place for place, one in enumerate(candidates) if one.data is not None]
+    automatic = settings.method == "auto"
+    if automatic and len(usable) <= FEWEST:
+        return Choice("exact", ())
+    if not usable or not settings.audit or settings.method in BASELINES:
+        return Choice(settings.method, ())
+    if settings.method == "exact" and settings.precision == "float32":
+        return Choice("exact", ())
+    sets = dict(list(_named(reference_chats).items())[:1])
+    tokens = [len(chats[place].tokens) for place in usable]
+    known = costs(
+        model.parameter_count(),
+        float(np.mean(tokens)),
+        float(sum(len(chat.tokens) for rows in sets.values() for chat in rows)),
+        part=settings.control_fraction,
+        pilots=min(settings.pilots, len(usable)),
+    )
+    order = ladder(known, len(usable), start=None if automatic else settings.method)
+    if not order:
+        return Choice("exact", ())
+    scoring = known[order[0]].of(len(usable))
+    count = audit_count(settings.audit, len(usable), scoring, known["exact"].each)
+    audited = choose_audited(usable, count, seed, groups)
+
+    def scores_by(settings: InfluenceConfig, pool: Sequence[Candidate]) -> ScoreSome:
+        fitting = candidates_of(chats, names, settings)
+        probe = probe_of(student, fitting, sets, settings, pool=pool)
+        scorer = estimator(probe, settings, seed)
+        return lambda places: [
+            score
+            for part in chunks([fitting[place] for place in places], settings.chunk)
+            for score in scorer(part)
+        ]
+
+    def rung(name: str) -> Callable[[], ScoreSome]:
+        return lambda: scores_by(with_method(settings, name), candidates)
+
+    true = replace(settings, preset="corrected", method="exact", precision="float32")
+    return choose_method(
+        {name: rung(name) for name in order},
+        lambda places: scores_by(true, ())(places),
+        audited,
+        groups,
+        floors=Floors(
+            settings.audit_spearman or None,
+            settings.audit_pairs or None,
+            settings.audit_error or None,
+        ),
+        on_failure="fallback" if automatic else settings.on_audit_failure,
+        seed=seed,
+    )
+
+
+def with_method(settings: InfluenceConfig, method: str) -> InfluenceConfig:
+    """The same settings for a method by name."""
+    return replace(settings, method=cast(Any, method))
+
+
+def candidates_of(
+    chats: Sequence[EncodedChat], names: Sequence[str], settings: InfluenceConfig
+) -> list[Candidate]:
+    """Chats as candidates, in few shapes where the method's other work outweighs padding."""
+    coarse = settings.method in ("exact", "second_order")
+    return [
+        chat_candidate(name, chat, settings.max_length, coarse=coarse)
         for name, chat in zip(names, chats, strict=True)
     ]
-    options: dict[str, Any] = {"gradient_scale": settings.gradient_scale}
-    if settings.method == "first_order":
-        options["expansion_point"] = settings.expansion_point
-    scores = local_influence(
-        loss,
+
+
+def probe_of(
+    student: Student,
+    candidates: Sequence[Candidate],
+    reference_chats: ReferenceChats,
+    settings: InfluenceConfig,
+    *,
+    pool: Sequence[Candidate] | None = None,
+) -> Probe:
+    """A `Probe` as settings want it: precision, reference sets, block size."""
+    require_precision(settings.precision)
+    params, opt_state = student.params, student.opt_state
+    if settings.preset == "original":
+        params, opt_state = jax.tree.map(_as_bfloat16, (params, opt_state))
+    references = {
+        name: reference_for(student.model, rows, settings)
+        for name, rows in _named(reference_chats).items()
+    }
+    block = settings.block or min(
+        lanes(student.model, params, candidates, one) for one in references.values()
+    )
+    return Probe(
+        MeanLoss(TokenLosses(student.model, settings.precision)),
         params,
         opt_state,
-        tx,
-        candidates,
-        reference,
-        method=settings.method,
+        student.tx,
+        references,
+        gradient_scale=settings.gradient_scale,
+        block=min(block, settings.chunk),
         chunk=settings.chunk,
-        block=min(settings.block or lanes(model, params, candidates, reference), settings.chunk),
-        finished=finished,
-        on_chunk=on_chunk,
-        **options,
+        pool=candidates if pool is None else pool,
     )
-    usable = [one for one in candidates if one.data is not None]
-    if settings.method == "exact" and settings.dtype == "bfloat16" and usable and scores:
-        step = jax.jit(candidate_update, static_argnums=1)
-        _, updates = step(loss, tx, params, opt_state, usable[0].data)
-        report_noise(noise_floor(reference, params, updates), scores)
-    return scores
+
+
+def estimator(probe: Probe, settings: InfluenceConfig, seed: int = 0) -> Scorer:
+    """The scorer of ``settings.method`` with the settings that it takes."""
+    given: dict[str, Any] = {}
+    if settings.method in ("first_order", "control_variate", "linearized", "second_order"):
+        given["pilots"] = settings.pilots
+        if settings.expansion_point is not None:
+            given["expansion_point"] = settings.expansion_point
+    if settings.method == "control_variate":
+        given |= {"fraction": settings.control_fraction, "refine": settings.refine}
+        given |= {"z": settings.refine_z, "seed": seed}
+    if settings.method == "linearized":
+        given["sensitivity"] = settings.sensitivity
+    return METHODS[settings.method](probe, **given)
 
 
 def reference_for(
@@ -102,7 +302,7 @@ def reference_for(
     """The reference set as ``settings`` want it.
 
     Losses that are subtracted are computed in float32, except by ``exact`` in bf16, which then
-    measures what it says; gradients are computed in ``settings.dtype``.
+    measures what it says; gradients are computed in ``settings.precision``.
     """
     return chat_reference(
         model,
@@ -111,8 +311,10 @@ def reference_for(
         max_length=settings.max_length,
         row_length=settings.row_length,
         rows_per_pass=settings.rows_per_pass,
-        dtype=settings.dtype if settings.method == "exact" else "float32",
-        gradient_dtype=settings.dtype,
+        dtype=settings.precision
+        if settings.method == "exact" or settings.precision == "bf16_split"
+        else "float32",
+        gradient_dtype=settings.precision,
     )
 
 
@@ -138,3 +340,13 @@ def report_noise(floor: float, scores: Sequence[Score]) -> None:
             floor,
             spread,
         )
+
+
+def _named(reference_chats: ReferenceChats) -> Mapping[str, Sequence[EncodedChat]]:
+    if isinstance(reference_chats, Mapping):
+        return reference_chats
+    return {"reference": reference_chats}
+
+
+def _as_bfloat16(leaf: Any) -> Any:
+    return leaf.astype(jnp.bfloat16) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

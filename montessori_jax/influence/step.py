@@ -1,7 +1,7 @@
 """The probe step as a pure function: gradient of one candidate, then any optax update."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,14 @@ Params = Any
 # (params, one candidate's data) -> its loss, a scalar. A pytree, whose arrays are then arguments of
 # the compiled programs, or else hashable: programs are cached by it.
 CandidateLoss = Callable[[Params, Any], Float[Array, ""]]
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def as_argument(function: T) -> T:
+    """A callable as an argument of jitted functions: itself if it is a pytree, else wrapped."""
+    if jax.tree_util.all_leaves([function]):
+        return cast(T, jax.tree_util.Partial(function))
+    return function
 
 
 def candidate_update(
@@ -38,25 +46,34 @@ def candidate_update(
         gradient_scale: 1/8 reproduces the public code, which divides by its number of devices.
         use_gradient: where False the gradient is taken as zero (`zero_gradient_update`).
     """
-    loss, gradient = jax.value_and_grad(candidate_loss)(params, data)
-    if gradient_scale != 1.0:
-        gradient = jax.tree.map(lambda g: g * jnp.asarray(gradient_scale, g.dtype), gradient)
+    loss, gradient = scaled_gradient(candidate_loss, params, data, gradient_scale)
     if use_gradient is not None:
         # A choice and not a product: a gradient of NaN times zero would still be NaN.
         gradient = jax.tree.map(lambda g: jnp.where(use_gradient, g, jnp.zeros_like(g)), gradient)
-    return loss, _update(tx, gradient, opt_state, params)
+    return loss, apply_optimizer(tx, gradient, opt_state, params)
+
+
+def scaled_gradient(
+    candidate_loss: CandidateLoss, params: Params, data: Any, gradient_scale: float = 1.0
+) -> tuple[Float[Array, ""], Params]:
+    """One candidate's loss and ``gradient_scale`` times its gradient."""
+    loss, gradient = jax.value_and_grad(candidate_loss)(params, data)
+    if gradient_scale != 1.0:
+        gradient = jax.tree.map(lambda g: g * jnp.asarray(gradient_scale, g.dtype), gradient)
+    return loss, gradient
 
 
 def zero_gradient_update(
     tx: optax.GradientTransformation, params: Params, opt_state: optax.OptState
 ) -> Params:
     """The update that momentum and weight decay make alone; zero for plain SGD."""
-    return _update(tx, jax.tree.map(jnp.zeros_like, params), opt_state, params)
+    return apply_optimizer(tx, jax.tree.map(jnp.zeros_like, params), opt_state, params)
 
 
-def _update(
+def apply_optimizer(
     tx: optax.GradientTransformation, gradient: Params, opt_state: optax.OptState, params: Params
 ) -> Params:
+    """The update that the optimizer makes of a gradient; its new state is not kept."""
     # optax's own Adam raises a Python float to an integer count, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
         return tx.update(gradient, opt_state, params)[0]

@@ -1,10 +1,11 @@
 """Stage: local data influence of every candidate, one row each, in order; positive helps.
 
-Writes the scores and, when asked, an audit of them by the definition. Resumes chunk by chunk.
+Chooses or audits the estimator on a few candidates first, then scores all. Resumes chunk by chunk.
 """
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from montessori_jax.data.writing import (
     write_parquet,
 )
 from montessori_jax.errors import UserError
-from montessori_jax.influence import Score, audit_scores, score_candidates
+from montessori_jax.influence import Score, choose_estimator, score_candidates
+from montessori_jax.influence.costs import costs
+from montessori_jax.influence.scoring import with_method
 from montessori_jax.runs import Journal, value_hash
 from montessori_jax.stages.student import ProbeStudent, open_student
 from montessori_jax.stages.trained import step_flops
 from montessori_jax.work import Work
 
+NAMED = re.compile(r"[A-Za-z]\w*=.")
 COLUMNS = {
     "index": "the candidate's place in its file, from 0",
     "id": "the candidate's name",
@@ -46,7 +50,7 @@ COLUMNS = {
 def influence(
     student: str,
     candidates: str,
-    reference: str,
+    reference: str | Mapping[str, str],
     settings: InfluenceConfig,
     work: Work,
     *,
@@ -60,7 +64,8 @@ def influence(
     Args:
         student: a warmed-up student's folder, or the name of a model.
         candidates: rows to score.
-        reference: rows that influence is measured on.
+        reference: rows that influence is measured on; or several sources by name, of which the
+            first gives ``influence`` and each a column ``influence_NAME``.
         settings: method, probe step and numerics.
         work: where to write.
         num_reference: how many of the reference rows are used, the first ones; all by default.
@@ -80,78 +85,120 @@ def influence(
             "sign of its gradient; warm it up (--warmup FILE), or give --optimizer sgd"
         )
     chat = ChatFormat.of(probe.loaded)
-    source, known = read_rows(candidates), read_rows(reference)
-    for warning in warn_about_overlaps(known.require()[:num_reference]):
-        work.say(f"warning: {warning}")
+    sources = {"reference": reference} if isinstance(reference, str) else reference
+    source = read_rows(candidates)
+    references: dict[str, EncodedRows] = {}
+    for name, place in sources.items():
+        known = read_rows(place)
+        for warning in warn_about_overlaps(known.require()[:num_reference]):
+            work.say(f"warning: {warning}")
+        references[name] = encode_rows(known, chat, settings.max_length, limit=num_reference)
     rows, chats, reasons = encode_each(source, chat)
-    references = encode_rows(known, chat, settings.max_length, limit=num_reference)
     key = {
         "student": probe.fingerprint,
         "candidates": value_hash([[row.id, row.conversation()] for row in rows]),
-        "reference": value_hash([row.conversation() for row in references.rows]),
-        "settings": {k: v for k, v in as_dict(settings).items() if k != "audit"},
+        "reference": {
+            name: value_hash([row.conversation() for row in known.rows])
+            for name, known in references.items()
+        },
+        "settings": as_dict(settings),
     }
     journal = Journal(work.file("chunks.jsonl"), key)
+    choice = _choose(probe, rows, chats, references, settings, journal, work)
+    settings = with_method(settings, choice["method"])
     scores = _score(probe, rows, chats, references, settings, journal, work)
-    checked = None
-    if settings.audit and settings.method != "exact":
-        work.say(f"measuring {settings.audit} scores again by the definition")
-        checked = audit_scores(
-            probe.loaded.model,
-            probe.loaded.params,
-            probe.state.opt_state,
-            probe.tx,
-            chats,
-            references.chats,
-            settings,
-            scores,
-            seed=work.seed,
-        )
-        if checked is not None:
-            mean = float(np.mean([len(one.tokens) for one in chats]))
-            work.meter.count(
-                flops=probe.loaded.model.parameter_count()
-                * (2.0 * references.tokens + checked.count * (6.0 * mean + 2.0 * references.tokens))
-            )
     table = _table(source, rows, scores, reasons)
     if out is None:
-        card = _card(settings, probe, len(references.chats), work.seed)
+        count = sum(len(known.chats) for known in references.values())
+        card = _card(settings, probe, count, work.seed)
         write_dataset_parts(work.folder, {"scores": table}, card)
     else:
         write_scores(out, table)
     return {
         **_counts(table, candidates),
-        "references": len(references.chats),
+        "references": sum(len(known.chats) for known in references.values()),
         "method": settings.method,
         "learning_rate": probe.learning_rate,
-        "audit": None if checked is None else checked.as_row(),
+        "audit": next((one for one in choice["audits"] if one["method"] == settings.method), None),
+        "audits": choice["audits"],
     }
+
+
+def _choose(
+    probe: ProbeStudent,
+    rows: Sequence[Row],
+    chats: Sequence[EncodedChat],
+    references: Mapping[str, EncodedRows],
+    settings: InfluenceConfig,
+    journal: Journal,
+    work: Work,
+) -> dict[str, Any]:
+    """The estimator and its audits: made once, then read from the journal."""
+    for record in journal.records:
+        if "choice" in record:
+            return record["choice"]
+    found = choose_estimator(
+        probe.loaded.model,
+        probe.loaded.params,
+        probe.state.opt_state,
+        probe.tx,
+        chats,
+        {name: known.chats for name, known in references.items()},
+        settings,
+        groups=prompts_of(rows),
+        seed=work.seed,
+    )
+    for audit in found.audits:
+        work.say(f"audit by exact: {audit.line()}")
+        for failure in audit.failures:
+            work.say(f"WARNING: {audit.method} FAILED ITS AUDIT: {failure}")
+    if settings.method != found.method:
+        work.say(f"estimator: {found.method}")
+    first = next(iter(references.values()))
+    audited = max((audit.count for audit in found.audits), default=0)
+    tokens = float(np.mean([len(chat.tokens) for chat in chats])) if chats else 0.0
+    known = costs(probe.loaded.model.parameter_count(), tokens, first.tokens)
+    work.meter.count(flops=audited * known["exact"].each)
+    choice = {"method": found.method, "audits": [audit.as_row() for audit in found.audits]}
+    journal.append({"choice": choice})
+    return choice
+
+
+def prompts_of(rows: Sequence[Row]) -> list[str] | None:
+    """Each candidate's prompt; None where the rows do not say."""
+    if all(row.prompt_id is None for row in rows):
+        return None
+    return [row.id if row.prompt_id is None else row.prompt_id for row in rows]
 
 
 def _score(
     probe: ProbeStudent,
     rows: Sequence[Row],
     chats: Sequence[EncodedChat],
-    references: EncodedRows,
+    references: Mapping[str, EncodedRows],
     settings: InfluenceConfig,
     journal: Journal,
     work: Work,
 ) -> list[Score]:
     """All scores in order, those of finished chunks from the journal."""
     parameters = probe.loaded.model.parameter_count()
-    # Two forward passes for the loss before and the shared step, and first order's one gradient.
-    before = 4.0 * references.tokens + 6.0 * references.tokens * (settings.method != "exact")
-    gradient = step_flops(probe.loaded.model)
-    work.meter.count(flops=parameters * before)
-    done = sum(len(record["scores"]) for record in journal.records)
+    tokens = sum(known.tokens for known in references.values())
+    known = costs(parameters, 1.0, tokens, part=settings.control_fraction)[settings.method]
+    # What a candidate costs beside its own tokens, and what each of those costs.
+    beside = costs(parameters, 0.0, tokens, part=settings.control_fraction)[settings.method].each
+    gradient = step_flops(probe.loaded.model) * (known.each - beside) / (6 * parameters)
+    finished = [record for record in journal.records if "chunk" in record]
+    if not finished:
+        work.meter.count(flops=known.once)
+    done = sum(len(record["scores"]) for record in finished)
     with work.bar(len(rows), "candidate", settings.method, done=done) as bar:
 
         def on_chunk(number: int, scores: Sequence[Score]) -> None:
             journal.append({"chunk": number, "scores": [score.as_row() for score in scores]})
             start = number * settings.chunk
             probed = sum(len(chat.tokens) for chat in chats[start : start + len(scores)])
-            passes = 2.0 * references.tokens * len(scores) if settings.method == "exact" else 0.0
-            work.meter.count(probed_tokens=probed, flops=gradient * probed + parameters * passes)
+            flops = gradient * probed + beside * len(scores)
+            work.meter.count(probed_tokens=probed, flops=flops)
             bar.update(len(scores))
             work.stop.check()
 
@@ -161,13 +208,17 @@ def _score(
             probe.state.opt_state,
             probe.tx,
             chats,
-            references.chats,
+            {name: known.chats for name, known in references.items()},
             settings,
             ids=[row.id for row in rows],
-            finished={record["chunk"] for record in journal.records},
+            finished={record["chunk"] for record in finished},
             on_chunk=on_chunk,
+            seed=work.seed,
         )
-    in_order = sorted(journal.records, key=lambda record: record["chunk"])
+    in_order = sorted(
+        (record for record in journal.records if "chunk" in record),
+        key=lambda record: record["chunk"],
+    )
     return [Score(**row) for record in in_order for row in record["scores"]]
 
 
@@ -192,9 +243,38 @@ def _table(
                 "candidate_loss": score.candidate_loss if score else None,
                 "estimator": score.method if score else None,
                 "reason": score.reason if score else reasons[index],
+                **{
+                    f"{field}_{name}": score.sets[name][field] if score and score.sets else None
+                    for name in names_of_sets(scores)
+                    for field in ("influence", "offset", "standard_error")
+                },
             }
         )
     return table
+
+
+def names_of_sets(scores: Sequence[Score]) -> list[str]:
+    """The reference sets where there are several; one alone has no columns of its own."""
+    return next((list(score.sets) for score in scores if score.sets), [])
+
+
+def reference_sets(given: Sequence[str]) -> str | dict[str, str]:
+    """``FILE``, or several ``NAME=FILE``, as `influence` takes them.
+
+    Raises:
+        UserError: several without names, or a name twice.
+    """
+    if len(given) == 1 and not NAMED.match(given[0]):
+        return given[0]
+    sets: dict[str, str] = {}
+    for one in given:
+        name, _, place = one.partition("=")
+        if not NAMED.match(one) or name in sets:
+            raise UserError(
+                f"--reference {one}: several reference sets need a name each: --reference NAME=FILE"
+            )
+        sets[name] = place
+    return sets
 
 
 def _card(
@@ -244,6 +324,8 @@ def audit_line(audit: dict[str, Any] | None) -> str:
     parts = [f", audit of {found['count']} by exact"]
     if found["spearman"] is not None:
         parts.append(f"Spearman {found['spearman']:.3f}")
+    if found["pairs"] and found["pairs"]["jaccard"] is not None:
+        parts.append(f"pairs {found['pairs']['jaccard']:.2f}")
     if found["error"] is not None:
         parts.append(f"normalised error {found['error']['total']:.3f}")
     return ": ".join([parts[0], ", ".join(parts[1:])]) if parts[1:] else parts[0]
