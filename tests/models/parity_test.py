@@ -56,21 +56,56 @@ def test_logits(name: str):
 
 # What the tiny configurations above leave at one value.
 VARIATIONS = [
-    ("mistral", {"sliding_window": None}),
-    ("mistral", {"head_dim": None, "tie_word_embeddings": True}),
+    ("mistral", {"sliding_window": None, "head_dim": None, "tie_word_embeddings": True}),
     ("qwen2", {"use_sliding_window": False}),
-    ("qwen2", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
-    ("qwen2", {"tie_word_embeddings": True, "rope_theta": 1e6}),
-    ("qwen3", {"attention_bias": True, "head_dim": 16, "tie_word_embeddings": False}),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
-    ("gemma2", {"attn_logit_softcapping": None}),
-    ("gemma2", {"final_logit_softcapping": None, "attention_bias": True}),
-    ("gemma2", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}),
-    ("gemma2", {"hidden_activation": "gelu", "query_pre_attn_scalar": 8, "rms_norm_eps": 0.5}),
-    ("gemma2", {"tie_word_embeddings": False, "rope_theta": 500.0}),
-    ("gemma3_text", {"final_logit_softcapping": None, "rope_scaling": None}),
+    (
+        "qwen2",
+        {
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "tie_word_embeddings": True,
+            "rope_theta": 1e6,
+        },
+    ),
+    (
+        "qwen3",
+        {
+            "attention_bias": True,
+            "head_dim": 16,
+            "tie_word_embeddings": False,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 2,
+        },
+    ),
+    (
+        "gemma2",
+        {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "attention_bias": True,
+            "layer_types": ["full_attention"] * 2 + ["sliding_attention"],
+        },
+    ),
+    (
+        "gemma2",
+        {
+            "hidden_activation": "gelu",
+            "query_pre_attn_scalar": 8,
+            "rms_norm_eps": 0.5,
+            "tie_word_embeddings": False,
+            "rope_theta": 500.0,
+        },
+    ),
+    (
+        "gemma3_text",
+        {
+            "final_logit_softcapping": None,
+            "rope_scaling": None,
+            "layer_types": ["sliding_attention"] * 3,
+            "rope_local_base_freq": 7.0,
+        },
+    ),
     ("gemma3_text", {"layer_types": ["full_attention"] * 3}),
-    ("gemma3_text", {"layer_types": ["sliding_attention"] * 3, "rope_local_base_freq": 7.0}),
 ]
 
 
