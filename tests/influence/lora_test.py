@@ -86,7 +86,7 @@ def loop_influence(rate: float) -> np.ndarray:
         return np.array(found)
 
 
-@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("block", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_exact_is_the_definition_on_the_adapter(block: int) -> None:
     rate = 1e-2
     truth = loop_influence(rate)

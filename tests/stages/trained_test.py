@@ -27,7 +27,14 @@ CHATML = (
     "{% if add_generation_prompt %}{{ 'w4 ' }}{% endif %}"
 )
 LORA = {"lora_rank": 2, "lora_alpha": 4.0, "learning_rate": 1e-2, "max_length": 32}
-SFT = {**LORA, "rows": 6, "batch_size": 2, "checkpoint_every": 1, "warmup_ratio": 0.0}
+SFT = {
+    **LORA,
+    "rows": 6,
+    "batch_size": 2,
+    "checkpoint_every": 1,
+    "warmup_ratio": 0.0,
+    "remat": "none",
+}
 
 
 def words(random: np.random.Generator, count: int) -> str:
@@ -92,7 +99,12 @@ def test_finetune_writes_the_merged_model_and_the_adapter(world: Path, tmp_path:
     moved = np.abs(np.asarray(adapter["layers"]["mlp"]["up"]["lora_b"])).max()
     assert moved > 1e-3
 
-    # Stopped after its first step and run again: the same files, byte for byte.
+
+@pytest.mark.slow  # its small form: an interrupted train_sft in tests/training/lora_test.py
+def test_a_stopped_finetune_ends_with_the_same_files(world: Path, tmp_path: Path) -> None:
+    name, data = str(world / "model"), str(world / "rows.jsonl")
+    settings = SftConfig(**SFT, lora_targets=("q_proj", "up_proj"))
+    finetune(load_model(name), data, settings, work(tmp_path / "whole"))
     with pytest.raises(Interrupted):
         finetune(load_model(name), data, settings, work(tmp_path / "parts", StopAfter(1)))
     finetune(load_model(name), data, settings, work(tmp_path / "parts"))
@@ -111,6 +123,13 @@ def test_influence_continues_the_warm_ups_adapter(world: Path, tmp_path: Path) -
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(probe.state.params)} == {"float32"}
     sizes = {leaf.size for leaf in jax.tree.leaves(probe.state.opt_state)}
     assert max(sizes) == max(leaf.size for leaf in jax.tree.leaves(probe.state.params))
+
+
+@pytest.mark.slow  # its small form: tests/influence/lora_test.py
+def test_influence_scores_with_the_adapter(world: Path, tmp_path: Path) -> None:
+    name, data = str(world / "model"), str(world / "rows.jsonl")
+    settings = WarmupConfig(**{**SFT, "warmup_ratio": 1.0})
+    warm_up(load_model(name), data, settings, work(tmp_path / "warm"))
     scores = {}
     for method in ("exact", "first_order"):
         out = tmp_path / f"{method}.jsonl"
@@ -127,6 +146,7 @@ def test_influence_continues_the_warm_ups_adapter(world: Path, tmp_path: Path) -
     assert np.corrcoef(scores["exact"], scores["first_order"])[0, 1] > 0.9
 
 
+@pytest.mark.slow  # its small form: train_dpo in tests/training/lora_test.py
 def test_dpo_writes_a_teacher_and_its_adapter(world: Path, tmp_path: Path) -> None:
     settings = DpoConfig(**LORA, warmup_ratio=0.0, remat="none")
     teacher = load_model(str(world / "model"))

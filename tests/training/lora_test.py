@@ -1,5 +1,6 @@
 """LoRA in training: peft with torch's AdamW step by step, DPO's reference, resuming."""
 
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from montessori_jax.training.checkpoints import Checkpoints
 from montessori_jax.training.dpo import train_dpo
 from montessori_jax.training.reference_log_probs import pair_log_probs
 from montessori_jax.training.sft import train_sft
+from montessori_jax.training.state import TrainState
 from tests.models.peft_twin import to_tree, twins
 from tests.training import samples
 
@@ -32,9 +34,16 @@ SFT = SftConfig(
 CHATS = samples.chats(6, seed=3)
 
 
+@cache
+def whole() -> TrainState:
+    """The run that is not interrupted."""
+    ours, adapter, _ = twins()
+    return train_sft(ours, adapter, CHATS, SFT, seed=0)
+
+
 def test_sft_steps_are_pefts_with_torchs_adamw() -> None:
-    ours, adapter, theirs = twins()
-    state = train_sft(ours, adapter, CHATS, SFT, seed=0)
+    _, adapter, theirs = twins()
+    state = whole()
 
     weights = {name: p for name, p in theirs.named_parameters() if ".lora_" in name}
     optimizer = torch.optim.AdamW(weights.values(), lr=2e-3, weight_decay=0.01)
@@ -50,7 +59,6 @@ def test_sft_steps_are_pefts_with_torchs_adamw() -> None:
 
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     ours, adapter, _ = twins()
-    whole = train_sft(ours, adapter, CHATS, SFT, seed=0)
     polls = iter(range(1, 10))
     with pytest.raises(Interrupted):
         train_sft(
@@ -64,7 +72,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     resumed = train_sft(
         ours, adapter, CHATS, SFT, seed=0, checkpoints=Checkpoints(tmp_path), consume=True
     )
-    assert samples.equal(resumed, whole)
+    assert samples.equal(resumed, whole())
     assert samples.equal(jax.device_get(ours.base), base)  # only the adapter was given away
 
 
