@@ -17,13 +17,8 @@ from montessori_jax.influence.expansion import dot_by_leaf, total
 from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.reference import Reference
 from montessori_jax.influence.scores import Candidate, Measured, Score, Scorer, measured_score
-from montessori_jax.influence.step import (
-    CandidateLoss,
-    Params,
-    apply_optimizer,
-    as_argument,
-    scaled_gradient,
-)
+from montessori_jax.influence.step import CandidateLoss, Params, apply_optimizer, scaled_gradient
+from montessori_jax.pytrees import as_argument
 
 # What is compared with the reference: the gradient, LESS's Adam feature, or the actual update.
 Feature = Literal["gradient", "adam", "update"]

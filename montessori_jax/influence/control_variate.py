@@ -30,7 +30,8 @@ from montessori_jax.influence.first_order import products
 from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.reference import BatchLosses, Reference, batch_by_batch
 from montessori_jax.influence.scores import Candidate, Measured, Score, Scorer, measured_score
-from montessori_jax.influence.step import CandidateLoss, Params, as_argument, candidate_update
+from montessori_jax.influence.step import CandidateLoss, Params, candidate_update
+from montessori_jax.pytrees import as_argument
 
 Refine = Literal["none", "sign"]
 SMALLEST_PART = 4

@@ -14,7 +14,8 @@ from montessori_jax.influence.blocks import map_blocks, score_in_blocks, shape_k
 from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.reference import BatchLosses, batch_by_batch, require_finite
 from montessori_jax.influence.scores import Candidate, Measured, Score, Scorer, measured_score
-from montessori_jax.influence.step import CandidateLoss, Params, as_argument, candidate_update
+from montessori_jax.influence.step import CandidateLoss, Params, candidate_update
+from montessori_jax.pytrees import as_argument
 
 # What a probe does before it measures the reference loss.
 STAY, ZERO_GRADIENT, STEP = 0, 1, 2

@@ -16,10 +16,10 @@ from montessori_jax.influence.reference import Reference, require_finite
 from montessori_jax.influence.step import (
     CandidateLoss,
     Params,
-    as_argument,
     candidate_update,
     zero_gradient_update,
 )
+from montessori_jax.pytrees import as_argument
 
 ExpansionPoint = Literal["zero_gradient", "mean_update", "params"]
 PILOTS = 32

@@ -33,10 +33,10 @@ from montessori_jax.influence.step import (
     CandidateLoss,
     Params,
     apply_optimizer,
-    as_argument,
     scaled_gradient,
     zero_gradient_update,
 )
+from montessori_jax.pytrees import as_argument
 
 Sensitivity = Literal["secant", "tangent"]
 # The prior slope counts as much as this share of one pilot with a gradient of usual size.

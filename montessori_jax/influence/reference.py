@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from montessori_jax.errors import UserError
-from montessori_jax.influence.step import Params, as_argument
+from montessori_jax.influence.step import Params
+from montessori_jax.pytrees import as_argument
 
 Reduction = Literal["sample", "token", "batch8"]
 # (params, one batch) -> the losses of its tokens. Hashable or a pytree, as a `CandidateLoss` is.

@@ -36,8 +36,9 @@ from montessori_jax.influence.precision import require_precision
 from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.reference import Reference
 from montessori_jax.influence.scores import Candidate, Score, Scorer
-from montessori_jax.influence.step import as_argument, candidate_update
+from montessori_jax.influence.step import candidate_update
 from montessori_jax.models import Model, Params
+from montessori_jax.pytrees import as_argument
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from montessori_jax.influence.expansion import (
 from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.reference import BatchLosses, gradient_of
 from montessori_jax.influence.scores import Candidate, Measured, Score, Scorer, measured_score
-from montessori_jax.influence.step import CandidateLoss, Params, as_argument, candidate_update
+from montessori_jax.influence.step import CandidateLoss, Params, candidate_update
+from montessori_jax.pytrees import as_argument
 
 
 class Curved(NamedTuple):

@@ -1,7 +1,7 @@
 """The probe step as a pure function: gradient of one candidate, then any optax update."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,6 @@ Params = Any
 # (params, one candidate's data) -> its loss, a scalar. A pytree, whose arrays are then arguments of
 # the compiled programs, or else hashable: programs are cached by it.
 CandidateLoss = Callable[[Params, Any], Float[Array, ""]]
-T = TypeVar("T", bound=Callable[..., Any])
-
-
-def as_argument(function: T) -> T:
-    """A callable as an argument of jitted functions: itself if it is a pytree, else wrapped."""
-    if jax.tree_util.all_leaves([function]):
-        return cast(T, jax.tree_util.Partial(function))
-    return function
 
 
 def candidate_update(

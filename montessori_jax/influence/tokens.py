@@ -15,10 +15,10 @@ from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.step import (
     Params,
     apply_optimizer,
-    as_argument,
     scaled_gradient,
     zero_gradient_update,
 )
+from montessori_jax.pytrees import as_argument
 
 # (params, one candidate's data) -> terms whose sum is the candidate's loss.
 LossTerms = Callable[[Params, Any], Float[Array, "*tokens"]]

@@ -12,7 +12,7 @@ import numpy as np
 
 from montessori_jax.config import TrainingConfig, as_dict
 from montessori_jax.errors import Interrupted, UserError
-from montessori_jax.pytrees import as_pytree
+from montessori_jax.pytrees import as_argument
 from montessori_jax.runs import value_hash
 from montessori_jax.training.checkpoints import Checkpoints
 from montessori_jax.training.state import TrainState
@@ -93,7 +93,7 @@ def run_steps(
     for leaf in jax.tree.leaves(release):
         if isinstance(leaf, jax.Array):
             leaf.delete()
-    step = as_pytree(run.step)
+    step = as_argument(run.step)
     compiled = jax.jit(_call, donate_argnums=1)
     programs: dict[Any, Callable[[Step, TrainState, Any], tuple[TrainState, Metrics]]] = {}
     tokens, seconds = 0, 0.0
