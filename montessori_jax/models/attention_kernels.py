@@ -130,8 +130,8 @@ def by_splash(
         def one(query: Array, key: Array, value: Array, segments: Array) -> Array:
             return kernel(query, key, value, segment_ids=splash.SegmentIds(segments, segments))
 
-        # The kernel has neither a batch axis nor a scale.
-        scaled = (query * jnp.asarray(scale, query.dtype)).swapaxes(1, 2)
+        # The kernel has neither a batch axis nor a scale. In float32: a rounded scale is a bias.
+        scaled = (query.astype(jnp.float32) * scale).astype(query.dtype).swapaxes(1, 2)
         mixed = jax.vmap(one)(scaled, key.swapaxes(1, 2), value.swapaxes(1, 2), segment_ids)
         return mixed.swapaxes(1, 2)
 

@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from montessori_jax.models import Model
+from montessori_jax.models import Model, ModelConfig
 from montessori_jax.models.inference import decode, empty_cache, logits, prefill, unstack
-from tests.models.decoder_test import BASE, random_params
+from tests.models.decoder_test import BASE, RICH, random_params
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("tied", [False, True])
-def test_prefill_and_decoding_give_the_logits_of_whole_rows(dtype, tied):
-    config = replace(BASE, tie_word_embeddings=tied)
+@pytest.mark.parametrize(
+    "config", [BASE, replace(BASE, tie_word_embeddings=True), RICH], ids=["plain", "tied", "rich"]
+)
+def test_prefill_and_decoding_give_the_logits_of_whole_rows(dtype, config: ModelConfig):
+    """The rich one's sliding layers see 6 tokens: fewer than the prompt, more than a few steps."""
     model, params = Model(config), random_params(config)
     weights = unstack(model, params, dtype)
     lengths, samples, slots = np.array([5, 8], np.int32), 3, 4
@@ -43,8 +45,7 @@ def test_prefill_and_decoding_give_the_logits_of_whole_rows(dtype, tied):
     flat = rows.reshape(-1, 12)
     places = np.broadcast_to(np.arange(12, dtype=np.int32), flat.shape)
     hidden = model.hidden(params, flat, np.ones_like(flat), places, dtype=dtype)
-    whole = hidden @ model.head(params).astype(dtype)
-    whole = np.asarray(whole, np.float32).reshape(2, samples, 12, -1)
+    whole = np.asarray(model.logits(params, hidden)).reshape(2, samples, 12, -1)
     tolerance = (2e-5 if dtype == jnp.float32 else 0.1) * np.abs(whole).max()
     first = np.asarray(logits(model, weights, last))
     for p in range(2):
