@@ -332,6 +332,7 @@ def main() -> None:
     parser.add_argument("--rows", required=True, help="instruction rows, 300 or more")
     parser.add_argument("--folder", default="runs/fidelity", type=Path)
     parser.add_argument("--regimes", default=",".join(one.name for one in REGIMES))
+    parser.add_argument("--methods", default=",".join(METHODS), help="only rows of these")
     parser.add_argument("--small", action="store_true", help="8 pairs, 4 steps: to try it out")
     parsed = parser.parse_args()
     wanted = [one for one in REGIMES if one.name in parsed.regimes.split(",")]
@@ -371,7 +372,8 @@ def main() -> None:
                     "metrics": compare(truth, measured(name, method, precision, options), prompts),
                 }
                 for name, method, precision, options in ROWS
-                if not (regime.optimizer == "sgd" and method == "less")
+                if method in parsed.methods.split(",")
+                and not (regime.optimizer == "sgd" and method == "less")
             ],
         }
         print(table(regime.name, results[regime.name]), flush=True)

@@ -171,3 +171,31 @@ def test_a_reference_that_is_not_finite_stops(candidates):
     broken = single_batch(lambda params: params["norm"]["scale"][:1] / 0.0, np.array([1.0]))
     with pytest.raises(UserError, match="the reference loss is inf before any step"):
         local_influence(LOSS, params, state, tx, candidates, broken, method="first_order")
+
+
+def test_mean_update_is_the_mean_of_the_pilots_whatever_their_order():
+    # Loss w^2 at w = 3, SGD at rate .1 with gradients 1 and 3: mean update -.2, so the centre is
+    # 2.8 and 9 - 7.84 = 1.16 is measured there; slope 5.6: 1.16 -+ 5.6 * .1.
+    tx = optax.sgd(0.1)
+    with jax.enable_x64(True):
+        params = {"w": jnp.array([3.0])}
+        reference = single_batch(lambda params: jnp.square(params["w"]), np.array([1.0]))
+        items = [Candidate("one", np.array([1.0])), Candidate("three", np.array([3.0]))]
+
+        def run(items):
+            found = local_influence(
+                lambda params, data: jnp.sum(params["w"] * data),
+                params,
+                tx.init(params),
+                tx,
+                items,
+                reference,
+                method="first_order",
+                expansion_point="mean_update",
+            )
+            return {one.id: (one.influence, one.offset) for one in found}
+
+        found, turned = run(items), run(items[::-1])
+    assert found["one"] == pytest.approx((0.6, 0.0), rel=1e-12)
+    assert found["three"] == pytest.approx((1.72, 0.0), rel=1e-12)
+    assert turned == found
