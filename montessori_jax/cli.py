@@ -24,7 +24,6 @@ from montessori_jax.config import (
     WarmupConfig,
     as_dict,
     build,
-    forward_dtype,
     load_run_config,
     override,
     read_yaml,
@@ -254,6 +253,7 @@ def _add_generate(commands: Any) -> None:
 
 
 def _generate(parsed: argparse.Namespace, stop: Any) -> None:
+    from montessori_jax.dtypes import forward_dtype
     from montessori_jax.models.sources import load_model
     from montessori_jax.stages.generate import generate
 
@@ -530,6 +530,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(parsed: argparse.Namespace, stop: Any) -> None:
+    from montessori_jax.dtypes import forward_dtype
     from montessori_jax.models.sources import load_model
     from montessori_jax.report.lines import with_error
     from montessori_jax.runs import write_json

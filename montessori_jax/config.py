@@ -349,15 +349,6 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-def forward_dtype(*settings: SamplingConfig | EvaluationConfig) -> str:
-    """Dtype to load a model in that is only run forward: bfloat16 where every use computes in it.
-
-    Layers are cast to the compute dtype as they are used, so loading them in it halves the memory
-    and changes nothing.
-    """
-    return "bfloat16" if all(one.dtype == "bfloat16" for one in settings) else "float32"
-
-
 def build(kind: type[T], values: dict[str, Any], origin: str) -> T:
     """Check ``values`` against a config dataclass; ``origin`` names the file in errors."""
     try:

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from montessori_jax.config import RunConfig, TrainingConfig, forward_dtype
+from montessori_jax.config import RunConfig, TrainingConfig
 from montessori_jax.costs import Meter, describe_cost
 from montessori_jax.data.rows import read_rows
 from montessori_jax.data.tables import read_table
+from montessori_jax.dtypes import forward_dtype
 from montessori_jax.host_memory import return_freed_memory
 from montessori_jax.hub import check_hub, push_stage
 from montessori_jax.models.loaded import LoadedModel

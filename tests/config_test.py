@@ -3,13 +3,10 @@ from pathlib import Path
 import pytest
 
 from montessori_jax.config import (
-    GenerationConfig,
     InfluenceConfig,
-    ResponseConfig,
     RunConfig,
     as_dict,
     build,
-    forward_dtype,
     load_run_config,
     override,
     read_yaml,
@@ -106,9 +103,3 @@ def test_every_shipped_config_loads_and_opens_with_its_command(path):
 
 def test_there_are_configs():
     assert CONFIGS
-
-
-def test_models_are_loaded_in_bfloat16_only_where_every_use_computes_in_it():
-    narrow, wide = GenerationConfig(dtype="bfloat16"), ResponseConfig()
-    assert forward_dtype(narrow, wide) == "float32"
-    assert forward_dtype(narrow, ResponseConfig(dtype="bfloat16")) == "bfloat16"

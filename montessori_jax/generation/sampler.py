@@ -17,6 +17,7 @@ import numpy as np
 from montessori_jax.config import SamplingConfig
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.packing import shared_buckets
+from montessori_jax.dtypes import compute_dtype
 from montessori_jax.errors import UserError
 from montessori_jax.generation.endings import Ending, find_ending
 from montessori_jax.generation.generator import Completion, PromptRequest
@@ -226,14 +227,6 @@ class _Held:
             )
             for sample, ending in sorted(self.endings.items())
         ]
-
-
-def compute_dtype(dtype: str) -> str:
-    """What ``auto`` stands for: bfloat16 on GPU and TPU, float32 on a CPU, which is slower in
-    bfloat16; any other name is itself."""
-    if dtype != "auto":
-        return dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def _drawing(settings: SamplingConfig) -> SamplingConfig:

@@ -241,7 +241,7 @@ def linearized(
     pass and ``2N`` memory; once, the reference gradient and a gradient for each pilot.
 
     - ``secant``: ``b`` is fitted by least squares on the pilots' actual gradients and updates:
-      through their means (``mean_update``, the best), or through the zero-gradient step. Works for
+      through their means (``mean_update``), or through the zero-gradient step. Works for
       any optax transformation that acts weight by weight; SGD's ``b`` is ``-lr`` to rounding, and
       the score is that of `first_order`.
     - ``tangent`` (around the zero-gradient step, never the mean update): ``b = d Delta / d g`` at

@@ -12,6 +12,7 @@ from montessori_jax.config import GenerationConfig, ResponseConfig, SamplingConf
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.rows import read_rows
 from montessori_jax.data.writing import DatasetCard, write_dataset_card, write_jsonl
+from montessori_jax.dtypes import compute_dtype
 from montessori_jax.errors import UserError
 from montessori_jax.generation.collapse import check_yield
 from montessori_jax.generation.filters import FilterReport, FilterSettings, InstructionFilter
@@ -25,7 +26,7 @@ from montessori_jax.generation.prompts import (
     task_text,
 )
 from montessori_jax.generation.responses import finished_part
-from montessori_jax.generation.sampler import JaxSampler, compute_dtype
+from montessori_jax.generation.sampler import JaxSampler
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.runs import Journal, value_hash
 from montessori_jax.seeding import derive_seed

@@ -17,7 +17,7 @@ from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.rows import read_rows
 from montessori_jax.errors import UserError
 from montessori_jax.generation.generator import Completion, Generator, PromptRequest
-from montessori_jax.generation.sampler import JaxSampler, compute_dtype
+from montessori_jax.generation.sampler import JaxSampler
 from montessori_jax.generation.sampling import draw
 from montessori_jax.models.folder import load_folder
 from montessori_jax.models.loaded import LoadedModel
@@ -359,14 +359,6 @@ def test_bfloat16_is_nearly_the_same_text(tiny: LoadedModel):
         a == b for key in exact for a, b in zip(exact[key].tokens, narrow[key].tokens, strict=False)
     ]
     assert np.mean(same) > 0.5
-
-
-def test_auto_is_bfloat16_on_accelerators(monkeypatch):
-    assert SamplingConfig().dtype == "auto"
-    assert [compute_dtype(one) for one in ("auto", "bfloat16")] == ["float32", "bfloat16"]
-    for backend in ("gpu", "tpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        assert [compute_dtype(one) for one in ("auto", "float32")] == ["bfloat16", "float32"]
 
 
 def test_prompts_that_do_not_fit_are_named(tiny: LoadedModel):
