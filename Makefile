@@ -5,6 +5,8 @@
 # make format       let ruff rewrite
 
 PYTHON ?= python3
+# Processes that share the tests; each takes up to 5 GB.
+JOBS ?= 2
 VENV ?= .venv
 BIN := $(VENV)/bin
 
@@ -36,11 +38,12 @@ dev: $(VENV)/installed-dev
 quickstart: install
 	$(BIN)/montessori run configs/quickstart.yaml
 
+# A file's tests stay in one process: they share models and compiled programs.
 test: dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 15
 
 test-all: dev
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -m '' -n $(JOBS) --dist loadfile --durations 15
 
 lint: dev
 	$(BIN)/ruff check .
