@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 .PHONY: help quickstart install dev test test-all lint format clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^$$/q; s/^# //p' Makefile
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
