@@ -137,6 +137,8 @@ def _choose(
     for record in journal.records:
         if "choice" in record:
             return record["choice"]
+    if settings.audit and settings.method != "exact":
+        work.say("audit: some candidates are measured by the definition first")
     found = choose_estimator(
         probe.loaded.model,
         probe.loaded.params,
