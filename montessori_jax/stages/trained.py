@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from montessori_jax.config import TrainingConfig
+from montessori_jax.data.chat import ChatFormat
 from montessori_jax.models import Model, Params
 from montessori_jax.models.adapter_folder import save_adapter
 from montessori_jax.models.folder import save_folder
@@ -57,8 +58,11 @@ def export(
     """Write ``folder/name``, a Hugging Face folder that needs no adapter.
 
     With LoRA also ``folder/adapter``, in peft's layout. The base is used up: its kernels are freed
-    as they are merged.
+    as they are merged. A model that brought no chat template gets the one that it was trained with,
+    so that whoever loads the folder writes the same turns.
     """
+    if not loaded.tokenizer.chat_template:
+        loaded.tokenizer.chat_template = ChatFormat.of(loaded).template
     dtype, plain = "float32", model
     if isinstance(model, LoraModel):
         plain = model.decoder

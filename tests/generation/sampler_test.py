@@ -116,6 +116,9 @@ def test_greedy_text_is_transformers(tmp_path: Path, tied: bool):
     assert any(len(one.tokens) == 150 for one in made.values())
 
 
+draw_once = jax.jit(draw, static_argnums=2)
+
+
 def plainly(
     loaded: LoadedModel, request: PromptRequest, sample: int, seed: int, settings: SamplingConfig
 ) -> list[int]:
@@ -132,11 +135,8 @@ def plainly(
         states = hidden(loaded.params, row, (places < size).astype(np.int32), places)
         logits = np.asarray(states[0, size - 1] @ loaded.model.head(loaded.params))
         logits = by_vllm_definition(logits, list(request.tokens), written, settings)
-        new = draw(
-            jnp.asarray(logits[None], jnp.float32),
-            jax.random.fold_in(key, step)[None],
-            settings,
-        )
+        scores = jnp.asarray(logits[None], jnp.float32)
+        new = draw_once(scores, jax.random.fold_in(key, step)[None], settings)
         written.append(int(new[0]))
         if written[-1] == 2:
             break
