@@ -26,7 +26,7 @@ from montessori_jax.influence.expansion import (
     from_centre,
     total,
 )
-from montessori_jax.influence.first_order import products
+from montessori_jax.influence.first_order import score_to_first_order
 from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.reference import BatchLosses, Reference, batch_by_batch
 from montessori_jax.influence.scores import Candidate, Measured, Score, Scorer, measured_score
@@ -212,36 +212,8 @@ def control_variate(
             scores.append(measured_score(one, loss, sets, "control_variate"))
         return scores
 
-    def first(members: Sequence[Candidate], data: Any, filled: np.ndarray) -> list[Score]:
-        found = jax.device_get(
-            products(
-                as_argument(probe.candidate_loss),
-                probe.tx,
-                probe.params,
-                probe.opt_state,
-                around.gradients,
-                around.point,
-                around.shared,
-                data,
-                filled,
-                probe.gradient_scale,
-            )
-        )
-        scores = []
-        for place, one in enumerate(members):
-            at = divmod(place, probe.block)
-            sets = {
-                name: Measured(
-                    influence=known.base - total([part[at] for part in own]),
-                    loss_before=known.loss_before,
-                    offset=known.offset,
-                    standard_error=errors.get(name),
-                )
-                for (name, known), own in zip(around.sets.items(), found.own, strict=True)
-            }
-            loss = float(found.candidate_loss[at])
-            scores.append(measured_score(one, loss, sets, "control_variate"))
-        return scores
+    errors: dict[str, float] = {}
+    first = partial(score_to_first_order, probe, around, method="control_variate", errors=errors)
 
     def in_doubt(score: Score) -> bool:
         found = score.sets or {next(iter(around.sets)): {"influence": score.influence}}
@@ -269,7 +241,6 @@ def control_variate(
             method="control_variate",
         )
 
-    errors: dict[str, float] = {}
     if refine == "none":
         return in_blocks(correct)
     trial = probe.pilots(REFINE_PILOTS)

@@ -1,6 +1,6 @@
 """One reference gradient, dotted with each candidate's actual optimizer update."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from montessori_jax.influence.blocks import map_blocks, score_in_blocks
 from montessori_jax.influence.expansion import (
     PILOTS,
+    Expansion,
     ExpansionPoint,
     dot_by_leaf,
     expand,
@@ -87,37 +88,55 @@ def first_order(
         UserError: a reference loss is not finite, or ``mean_update`` has no pilot.
     """
     around = expand(probe, expansion_point, pilots=pilots)
-
-    def score(members: Sequence[Candidate], data: Any, filled: np.ndarray) -> list[Score]:
-        found = jax.device_get(
-            products(
-                as_argument(probe.candidate_loss),
-                probe.tx,
-                probe.params,
-                probe.opt_state,
-                around.gradients,
-                around.point,
-                around.shared,
-                data,
-                filled,
-                probe.gradient_scale,
-            )
-        )
-        scores = []
-        for place, one in enumerate(members):
-            at = divmod(place, probe.block)
-            sets = {
-                name: Measured(
-                    influence=known.base - total([part[at] for part in own]),
-                    loss_before=known.loss_before,
-                    offset=known.offset,
-                )
-                for (name, known), own in zip(around.sets.items(), found.own, strict=True)
-            }
-            loss = float(found.candidate_loss[at])
-            scores.append(measured_score(one, loss, sets, "first_order"))
-        return scores
-
     return partial(
-        score_in_blocks, score=score, block=probe.block, blocks=probe.blocks, method="first_order"
+        score_in_blocks,
+        score=partial(score_to_first_order, probe, around),
+        block=probe.block,
+        blocks=probe.blocks,
+        method="first_order",
     )
+
+
+def score_to_first_order(
+    probe: Probe,
+    around: Expansion,
+    members: Sequence[Candidate],
+    data: Any,
+    filled: np.ndarray,
+    *,
+    method: str = "first_order",
+    errors: Mapping[str, float] | None = None,
+) -> list[Score]:
+    """Scores of stacked candidates, as `score_in_blocks` asks for them.
+
+    ``method`` is what they are called, ``errors`` a standard error for each reference set, for
+    estimators that begin with this one.
+    """
+    found = jax.device_get(
+        products(
+            as_argument(probe.candidate_loss),
+            probe.tx,
+            probe.params,
+            probe.opt_state,
+            around.gradients,
+            around.point,
+            around.shared,
+            data,
+            filled,
+            probe.gradient_scale,
+        )
+    )
+    scores = []
+    for place, one in enumerate(members):
+        at = divmod(place, probe.block)
+        sets = {
+            name: Measured(
+                influence=known.base - total([part[at] for part in own]),
+                loss_before=known.loss_before,
+                offset=known.offset,
+                standard_error=(errors or {}).get(name),
+            )
+            for (name, known), own in zip(around.sets.items(), found.own, strict=True)
+        }
+        scores.append(measured_score(one, float(found.candidate_loss[at]), sets, method))
+    return scores
