@@ -20,7 +20,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -120,24 +120,26 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]|\n", text.lower())
 
 
-@cache
-def data(source: str, small: bool) -> Data:
-    """Rows cut at `LENGTH` words as chats over the commonest `WORDS` words."""
-    rows = read_rows(source).require(300)
+def encoded(rows: Sequence[Row]) -> list[EncodedChat]:
+    """Rows cut at `LENGTH` words as chats over the commonest `WORDS` words; very short ones out."""
     counts = Counter(word for row in rows for word in words(text_of(row)))
     known = {word: i + 3 for i, (word, _) in enumerate(counts.most_common(WORDS - 3))}
+    chats = []
+    for row in rows:
+        asked = [1, *(known.get(word, 0) for word in words(prompt_of(row)))][: LENGTH // 2]
+        answer = [*(known.get(word, 0) for word in words(row.response)), 2]
+        tokens = np.array([*asked, *answer][:LENGTH], np.int32)
+        if len(tokens) >= SHORTEST and len(tokens) > len(asked):
+            chats.append(EncodedChat(tokens, len(asked)))
+    return chats
 
-    def encoded(rows: list[Row]) -> Iterator[EncodedChat]:
-        for row in rows:
-            asked = [1, *(known.get(word, 0) for word in words(prompt_of(row)))][: LENGTH // 2]
-            answer = [*(known.get(word, 0) for word in words(row.response)), 2]
-            tokens = np.array([*asked, *answer][:LENGTH], np.int32)
-            if len(tokens) >= SHORTEST and len(tokens) > len(asked):
-                yield EncodedChat(tokens, len(asked))
 
+@cache
+def data(source: str, small: bool) -> Data:
+    """The file's rows, encoded and dealt out to their uses."""
+    pool = encoded(read_rows(source).require(300))
     pairs, count = (8, 8) if small else (48, 48)
     rng = np.random.default_rng(SEED)
-    pool = list(encoded(rows))
     references = pool[-count:]
     own = [pool[i] for i in rng.permutation(len(pool) - count)]
     candidates, prompts = [], []
