@@ -20,7 +20,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -193,30 +193,49 @@ def rule(optimizer: str, clip: bool) -> optax.GradientTransformation:
 
 
 @cache
-def warmed_up(source: str, small: bool) -> tuple[Any, Any, list[float]]:
-    """Float32 parameters, AdamW's state and the losses of the warm-up."""
-    tx = rule("adamw", False)
-    params = MODEL.init(jax.random.key(SEED))
-    state = tx.init(params)
-    loss = MeanLoss(TokenLosses(MODEL))
-    rows, rng, losses = data(source, small).warmup, np.random.default_rng(SEED), []
+def training_step(model: Model) -> Callable[[Any, Any, Any], tuple[Any, Any, Any]]:
+    """An AdamW step on a batch's mean token loss, at the rate in the optimizer's state."""
+    loss, tx = MeanLoss(TokenLosses(model)), rule("adamw", False)
 
     @jax.jit
-    def step(params: Any, state: Any, batch: Any) -> Any:
+    def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, Any]:
         with jax.numpy_dtype_promotion("standard"):
             value, gradient = jax.value_and_grad(loss)(params, batch)
             updates, state = tx.update(gradient, state, params)
             return optax.apply_updates(params, updates), state, value
 
-    steps = 4 if small else WARMUP_STEPS
+    return step
+
+
+def warm_up(
+    model: Model,
+    params: Any,
+    rows: Sequence[EncodedChat],
+    *,
+    steps: int,
+    size: int = WARMUP_BATCH,
+    rate: float = WARMUP_RATE,
+    length: int = LENGTH,
+    seed: int = SEED,
+) -> tuple[Any, Any, list[float]]:
+    """Float32 parameters, AdamW's state and the losses of ``steps`` while the rate ramps up."""
+    state = rule("adamw", False).init(params)
+    rng, losses = np.random.default_rng(seed), []
     for number in range(steps):
-        drawn = [rows[i] for i in rng.integers(len(rows), size=WARMUP_BATCH)]
+        drawn = [rows[i] for i in rng.integers(len(rows), size=size)]
         layout = [[i] for i in range(len(drawn))]
-        batch = pack(drawn, layout, row_length=LENGTH, slots=LENGTH)
-        state = with_rate(state, WARMUP_RATE * (number + 1) / steps)
-        params, state, value = step(params, state, batch)
+        batch = pack(drawn, layout, row_length=length, slots=length)
+        state = with_rate(state, rate * (number + 1) / steps)
+        params, state, value = training_step(model)(params, state, batch)
         losses.append(float(value))
     return params, state, losses
+
+
+@cache
+def warmed_up(source: str, small: bool) -> tuple[Any, Any, list[float]]:
+    """The warm-up of this study's student."""
+    params = MODEL.init(jax.random.key(SEED))
+    return warm_up(MODEL, params, data(source, small).warmup, steps=4 if small else WARMUP_STEPS)
 
 
 def with_rate(state: Any, rate: float) -> Any:
