@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -104,10 +104,15 @@ def _range(interval: Interval | None) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """The estimator to use and the audits that led to it."""
+    """The estimator to use and the audits that led to it.
+
+    ``scores`` is that estimator as it was audited, pilots and reference gradient included; None
+    where none was made.
+    """
 
     method: str
     audits: tuple[Audit, ...]
+    scores: ScoreSome | None = field(default=None, compare=False, repr=False)
 
     @property
     def audit(self) -> Audit | None:
@@ -219,18 +224,20 @@ def choose_method(
     labels = None if groups is None else [groups[place] for place in audited]
     audits: list[Audit] = []
     for name, make in ladder.items():
+        scores = make()
         found = audit(
-            name, true, make()(audited), labels, floors=floors, baseline=baseline, seed=seed
+            name, true, scores(audited), labels, floors=floors, baseline=baseline, seed=seed
         )
         if found is None:
             log.warning("no audited candidate has a score: %s is taken unaudited", name)
-            return Choice(name, tuple(audits))
+            return Choice(name, tuple(audits), scores)
         audits.append(found)
         log.info("%s", found.line())
         if not found.failures:
-            return Choice(name, tuple(audits))
+            return Choice(name, tuple(audits), scores)
         log.warning("%s FAILED ITS AUDIT: %s", name, "; ".join(found.failures))
         if on_failure == "warn":
-            return Choice(name, tuple(audits))
+            return Choice(name, tuple(audits), scores)
+        del scores  # before the next one is made: each holds a gradient
     log.warning("no cheaper estimator passed: %s", last)
     return Choice(last, tuple(audits))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import optax
 
@@ -16,6 +16,8 @@ from montessori_jax.influence.reference import Reference
 from montessori_jax.influence.scores import Candidate, Score, Scorer
 from montessori_jax.influence.second_order import second_order
 from montessori_jax.influence.step import CandidateLoss, Params
+
+T = TypeVar("T")
 
 # An estimator is a function of a `Probe` that returns a `Scorer`, and one line here.
 METHODS: dict[str, Callable[..., Scorer]] = {
@@ -106,7 +108,7 @@ def local_influence(
     return scores
 
 
-def chunks(candidates: Iterable[Candidate], size: int) -> Iterator[list[Candidate]]:
+def chunks(candidates: Iterable[T], size: int) -> Iterator[list[T]]:
     """Consecutive lists of ``size``, the last one shorter."""
     source = iter(candidates)
     while part := list(islice(source, size)):

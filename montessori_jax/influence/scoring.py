@@ -88,6 +88,7 @@ def score_candidates(
     finished: Container[int] = (),
     on_chunk: OnChunk | None = None,
     seed: int = 0,
+    choice: Choice | None = None,
 ) -> list[Score]:
     """Local data influence of chats on a student, chunk by chunk, as ``settings`` say.
 
@@ -107,6 +108,8 @@ def score_candidates(
             others get the scores that they would have had.
         on_chunk: called with each chunk's number and scores as they are made.
         seed: of what is drawn: audited candidates, parts of the reference.
+        choice: `choose_estimator`'s for the same arguments: its method is used, and the estimator
+            is not built twice.
 
     Returns:
         The scores made in this call, in order. A candidate that cannot be measured has influence
@@ -118,25 +121,29 @@ def score_candidates(
     """
     student = Student(model, params, opt_state, tx)
     settings = resolved(settings)
-    if settings.method == "auto":
-        choice = choose_estimator(
-            *student, chats, reference_chats, settings, groups=groups, seed=seed
-        )
-        settings = with_method(settings, choice.method)
     names = [str(index) for index in range(len(chats))] if ids is None else ids
+    if choice is None and settings.method == "auto":
+        choice = choose_estimator(
+            *student, chats, reference_chats, settings, ids=names, groups=groups, seed=seed
+        )
+    if choice is not None:
+        settings = with_method(settings, choice.method)
     candidates = candidates_of(chats, names, settings)
-    probe = probe_of(student, candidates, reference_chats, settings)
-    scorer = estimator(probe, settings, seed)
+    # The audit is on one reference set: with several, the estimator is another one.
+    score = choice.scores if choice and len(_named(reference_chats)) == 1 else None
+    if score is None:
+        score = score_by(student, candidates, reference_chats, settings, seed)
     scores: list[Score] = []
-    for number, part in enumerate(chunks(candidates, settings.chunk)):
+    for number, places in enumerate(chunks(range(len(candidates)), settings.chunk)):
         if number in finished:
             continue
-        made = scorer(part)
+        made = list(score(places))
         scores += made
         if on_chunk is not None:
             on_chunk(number, made)
     usable = [one for one in candidates if one.data is not None]
     if settings.method == "exact" and settings.precision == "bfloat16" and usable and scores:
+        probe = probe_of(student, candidates, reference_chats, settings)
         step = jax.jit(candidate_update, static_argnums=1)
         loss = as_argument(probe.candidate_loss)
         _, updates = step(loss, probe.tx, probe.params, probe.opt_state, usable[0].data)
@@ -154,6 +161,7 @@ def choose_estimator(
     reference_chats: ReferenceChats,
     settings: InfluenceConfig,
     *,
+    ids: Sequence[str] | None = None,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
 ) -> Choice:
@@ -173,12 +181,13 @@ def choose_estimator(
         chats: the candidates.
         reference_chats: the reference sets; the first one is audited.
         settings: the method, the floors and how many are audited.
+        ids: one a candidate; by default its number.
         groups: each candidate's prompt: whole prompts are audited and their pairs compared.
         seed: draws the audited candidates.
     """
     student = Student(model, params, opt_state, tx)
     settings = resolved(settings)
-    names = [str(index) for index in range(len(chats))]
+    names = [str(index) for index in range(len(chats))] if ids is None else ids
     candidates = candidates_of(chats, names, settings)
     usable = [place for place, one in enumerate(candidates) if one.data is not None]
     automatic = settings.method == "auto"
@@ -204,23 +213,16 @@ def choose_estimator(
     count = audit_count(settings.audit, len(usable), scoring, known["exact"].each)
     audited = choose_audited(usable, count, seed, groups)
 
-    def scores_by(settings: InfluenceConfig, pool: Sequence[Candidate]) -> ScoreSome:
-        fitting = candidates_of(chats, names, settings)
-        probe = probe_of(student, fitting, sets, settings, pool=pool)
-        scorer = estimator(probe, settings, seed)
-        return lambda places: [
-            score
-            for part in chunks([fitting[place] for place in places], settings.chunk)
-            for score in scorer(part)
-        ]
+    def made(settings: InfluenceConfig) -> ScoreSome:
+        return score_by(student, candidates_of(chats, names, settings), sets, settings, seed)
 
     def rung(name: str) -> Callable[[], ScoreSome]:
-        return lambda: scores_by(with_method(settings, name), candidates)
+        return lambda: made(with_method(settings, name))
 
     true = replace(settings, preset="corrected", method="exact", precision="float32")
     return choose_method(
         {name: rung(name) for name in order},
-        lambda places: scores_by(true, ())(places),
+        lambda places: made(true)(places),
         audited,
         groups,
         floors=Floors(
@@ -254,8 +256,6 @@ def probe_of(
     candidates: Sequence[Candidate],
     reference_chats: ReferenceChats,
     settings: InfluenceConfig,
-    *,
-    pool: Sequence[Candidate] | None = None,
 ) -> Probe:
     """A `Probe` as settings want it: precision, reference sets, block size."""
     require_precision(settings.precision)
@@ -278,8 +278,24 @@ def probe_of(
         gradient_scale=settings.gradient_scale,
         block=min(block, settings.chunk),
         chunk=settings.chunk,
-        pool=candidates if pool is None else pool,
+        pool=candidates,
     )
+
+
+def score_by(
+    student: Student,
+    candidates: Sequence[Candidate],
+    reference_chats: ReferenceChats,
+    settings: InfluenceConfig,
+    seed: int = 0,
+) -> ScoreSome:
+    """Build ``settings.method`` for these candidates; what is returned scores any of them."""
+    scorer = estimator(probe_of(student, candidates, reference_chats, settings), settings, seed)
+    return lambda places: [
+        score
+        for part in chunks([candidates[place] for place in places], settings.chunk)
+        for score in scorer(part)
+    ]
 
 
 def estimator(probe: Probe, settings: InfluenceConfig, seed: int = 0) -> Scorer:

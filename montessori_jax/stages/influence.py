@@ -23,7 +23,7 @@ from montessori_jax.data.writing import (
     write_parquet,
 )
 from montessori_jax.errors import UserError
-from montessori_jax.influence import Score, choose_estimator, score_candidates
+from montessori_jax.influence import Choice, Score, choose_estimator, score_candidates
 from montessori_jax.influence.costs import costs
 from montessori_jax.influence.scoring import with_method
 from montessori_jax.runs import Journal, value_hash
@@ -104,9 +104,9 @@ def influence(
         "settings": as_dict(settings),
     }
     journal = Journal(work.file("chunks.jsonl"), key)
-    choice = _choose(probe, rows, chats, references, settings, journal, work)
-    settings = with_method(settings, choice["method"])
-    scores = _score(probe, rows, chats, references, settings, journal, work)
+    choice, audits = _choose(probe, rows, chats, references, settings, journal, work)
+    settings = with_method(settings, choice.method)
+    scores = _score(probe, rows, chats, references, settings, choice, journal, work)
     table = _table(source, rows, scores, reasons)
     if out is None:
         count = sum(len(known.chats) for known in references.values())
@@ -119,8 +119,8 @@ def influence(
         "references": sum(len(known.chats) for known in references.values()),
         "method": settings.method,
         "learning_rate": probe.learning_rate,
-        "audit": next((one for one in choice["audits"] if one["method"] == settings.method), None),
-        "audits": choice["audits"],
+        "audit": next((one for one in audits if one["method"] == settings.method), None),
+        "audits": audits,
     }
 
 
@@ -132,21 +132,19 @@ def _choose(
     settings: InfluenceConfig,
     journal: Journal,
     work: Work,
-) -> dict[str, Any]:
-    """The estimator and its audits: made once, then read from the journal."""
+) -> tuple[Choice, list[dict[str, Any]]]:
+    """The estimator, and its audits as rows: made once, then read from the journal."""
     for record in journal.records:
         if "choice" in record:
-            return record["choice"]
+            return Choice(record["choice"]["method"], ()), record["choice"]["audits"]
     if settings.audit and settings.method != "exact":
         work.say("audit: some candidates are measured by the definition first")
     found = choose_estimator(
-        probe.loaded.model,
-        probe.loaded.params,
-        probe.state.opt_state,
-        probe.tx,
+        *probe.probed,
         chats,
         {name: known.chats for name, known in references.items()},
         settings,
+        ids=[row.id for row in rows],
         groups=prompts_of(rows),
         seed=work.seed,
     )
@@ -161,9 +159,9 @@ def _choose(
     tokens = float(np.mean([len(chat.tokens) for chat in chats])) if chats else 0.0
     known = costs(probe.loaded.model.parameter_count(), tokens, first.tokens)
     work.meter.count(flops=audited * known["exact"].each)
-    choice = {"method": found.method, "audits": [audit.as_row() for audit in found.audits]}
-    journal.append({"choice": choice})
-    return choice
+    audits = [audit.as_row() for audit in found.audits]
+    journal.append({"choice": {"method": found.method, "audits": audits}})
+    return found, audits
 
 
 def prompts_of(rows: Sequence[Row]) -> list[str] | None:
@@ -179,6 +177,7 @@ def _score(
     chats: Sequence[EncodedChat],
     references: Mapping[str, EncodedRows],
     settings: InfluenceConfig,
+    choice: Choice,
     journal: Journal,
     work: Work,
 ) -> list[Score]:
@@ -205,10 +204,7 @@ def _score(
             work.stop.check()
 
         score_candidates(
-            probe.loaded.model,
-            probe.loaded.params,
-            probe.state.opt_state,
-            probe.tx,
+            *probe.probed,
             chats,
             {name: known.chats for name, known in references.items()},
             settings,
@@ -216,6 +212,7 @@ def _score(
             finished={record["chunk"] for record in finished},
             on_chunk=on_chunk,
             seed=work.seed,
+            choice=choice,
         )
     in_order = sorted(
         (record for record in journal.records if "chunk" in record),

@@ -8,6 +8,7 @@ import optax
 
 from montessori_jax.config import InfluenceConfig, OptimizerConfig
 from montessori_jax.errors import UserError
+from montessori_jax.influence.scoring import Student
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.models.sources import load_model
 from montessori_jax.runs import value_hash
@@ -32,6 +33,11 @@ class ProbeStudent:
     learning_rate: float
     warm: bool
     fingerprint: str
+
+    @property
+    def probed(self) -> Student:
+        """What `montessori_jax.influence.score_candidates` takes first."""
+        return Student(self.loaded.model, self.loaded.params, self.state.opt_state, self.tx)
 
 
 def open_student(name: str, settings: InfluenceConfig) -> ProbeStudent:

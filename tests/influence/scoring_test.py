@@ -13,13 +13,16 @@ from montessori_jax.config import InfluenceConfig
 from montessori_jax.data.chat import EncodedChat
 from montessori_jax.errors import UserError
 from montessori_jax.influence import (
+    METHODS,
     TokenLosses,
     chat_reference,
     choose_estimator,
     noise_floor,
     score_candidates,
+    scoring,
     zero_gradient_update,
 )
+from montessori_jax.influence.first_order import first_order
 from tests.influence.students import MODEL, chats, student
 
 REFERENCES = chats(8, 41)
@@ -103,6 +106,33 @@ def test_the_audit_measures_chosen_scores_again(fast):
     prompts = [int(one.id) // 2 for one in audit.scores]
     assert len(set(prompts)) < len(prompts)
     json.dumps(audit.as_row(), allow_nan=False)
+
+
+@pytest.mark.parametrize("method", ["first_order", "auto"])
+def test_the_audited_estimator_is_not_built_twice(method, fast, monkeypatch):
+    made = []
+
+    def counted(probe, **given):
+        made.append(given)
+        return first_order(probe, **given)
+
+    monkeypatch.setitem(METHODS, "first_order", counted)
+    settings = replace(
+        FAST, method=method, audit=8, audit_spearman=0.0, audit_pairs=0.0, audit_error=0.0
+    )
+    monkeypatch.setattr(scoring, "FEWEST", 4)  # eight candidates would be measured by exact
+    monkeypatch.setattr(scoring, "ladder", lambda *_, **__: ["first_order"])
+    names = [f"row-{i}" for i in range(10)]
+    params, state, tx = student(1e-4)
+    choice = choose_estimator(MODEL, params, state, tx, ROWS, REFERENCES, settings, ids=names)
+    found = score(settings, ids=names, choice=choice)
+    assert (choice.method, len(made)) == ("first_order", 1)
+    assert found == [replace(one, id=f"row-{one.id}") for one in fast]
+    # Several reference sets were not audited together: the estimator is made for them.
+    several = {"one": REFERENCES[:4], "two": REFERENCES[4:]}
+    scores = score_candidates(MODEL, params, state, tx, ROWS, several, settings, choice=choice)
+    assert len(made) == 2
+    assert set(scores[0].sets) == {"one", "two"}
 
 
 def test_auto_takes_the_definition_where_there_are_few():
