@@ -50,6 +50,14 @@ def smollm2(smollm2_gguf: Path):
 
 
 @pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_gguf: Path):
+    """The tokenizer of the same file, a `PreTrainedTokenizerFast`."""
+    from montessori_jax.models.tokenizer import tokenizer_from_gguf
+
+    return tokenizer_from_gguf(smollm2_gguf)
+
+
+@pytest.fixture(scope="session")
 def smollm2_torch(smollm2_gguf: Path):
     """The same model as transformers reads it from the same file (half a minute): the oracle."""
     import torch

@@ -179,7 +179,7 @@ def test_tensors_and_logits_are_the_same_bits_in_transformers_after_an_export(
 def test_greedy_text_is_that_of_generate(name: str):
     """A prompt longer than the window and one shorter, token for token, by our sampler.
 
-    Llama's is in generation/sampler_test. Tied heads would repeat themselves, being random.
+    Llama's is in generation/sampler/parity_test. Tied heads would repeat themselves, being random.
     """
     config_json = FAMILIES[name] | {"tie_word_embeddings": False, "num_hidden_layers": 2}
     theirs, config = torch_model(config_json, seed=1), family_of(config_json, "test")
