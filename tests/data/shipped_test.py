@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rapidfuzz.distance import LCSseq
@@ -124,8 +125,8 @@ def test_none_is_like_a_public_prompt(shared_data: Path) -> None:
                 assert rouge_l(tokens, other) < 0.7, (own, text)
 
 
-def code_of(instruction: str) -> dict[str, object]:
-    names: dict[str, object] = {}
+def code_of(instruction: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
     exec(shipped(instruction).response.split("\n\n")[0], names)  # our own text
     return names
 
@@ -135,15 +136,15 @@ class TestAnswersThatCanBeRun:
         second_largest = code_of("Write a Python function that returns the second")[
             "second_largest"
         ]
-        assert second_largest([3, 9, 9, 4]) == 4  # type: ignore[operator]
+        assert second_largest([3, 9, 9, 4]) == 4
         split_seconds = code_of("Write a Python function that splits")["split_seconds"]
-        assert split_seconds(135) == (2, 15)  # type: ignore[operator]
+        assert split_seconds(135) == (2, 15)
         assert (
             "split_seconds(135) returns (2, 15)"
             in shipped("Write a Python function that splits").response
         )
         unique = code_of("Write a Python function that drops")["unique"]
-        assert unique([3, 1, 3, 2, 1]) == [3, 1, 2]  # type: ignore[operator]
+        assert unique([3, 1, 3, 2, 1]) == [3, 1, 2]
 
     @pytest.mark.parametrize(
         ("text", "matches"),

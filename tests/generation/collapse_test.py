@@ -1,5 +1,7 @@
 """When a stage stops for want of yield, and what it then tells the user to change."""
 
+from typing import Any
+
 import pytest
 
 from montessori_jax.errors import UserError
@@ -15,10 +17,10 @@ def report(kept: int, **counts: int) -> FilterReport:
     return FilterReport.of(verdicts)
 
 
-def message(given: FilterReport, **settings: object) -> str:
-    options = {"floor": 0.5, "min_attempts": 8, "style": "turns"} | settings
+def message(given: FilterReport, **settings: Any) -> str:
+    options: dict[str, Any] = {"floor": 0.5, "min_attempts": 8, "style": "turns"} | settings
     with pytest.raises(UserError) as caught:
-        check_yield(given, **options)  # type: ignore[arg-type]
+        check_yield(given, **options)
     return str(caught.value)
 
 
@@ -63,7 +65,7 @@ def test_long_examples_are_cut_and_kept_on_one_line() -> None:
     ],
 )
 def test_the_setting_that_usually_helps(
-    counts: dict[str, int], settings: dict[str, object], advice: str
+    counts: dict[str, int], settings: dict[str, Any], advice: str
 ) -> None:
     assert advice in message(report(0, **counts), **settings)
 

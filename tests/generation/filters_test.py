@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 
@@ -17,15 +18,15 @@ from montessori_jax.generation.filters import (
 from montessori_jax.generation.parsing import Parsed
 
 SEED = "Explain why the sky is blue to a child"
+DEFAULT = FilterSettings()
 
 
 def parsed(text: str) -> Parsed:
     return Parsed(f"raw of {text}", text, None)
 
 
-def judged(text: str, **settings: object) -> Verdict:
-    chosen = FilterSettings(**settings)  # type: ignore[arg-type]
-    return InstructionFilter(chosen, [SEED]).judge(parsed(text))
+def judged(text: str, settings: FilterSettings = DEFAULT) -> Verdict:
+    return InstructionFilter(settings, [SEED]).judge(parsed(text))
 
 
 @pytest.mark.parametrize(
@@ -72,15 +73,15 @@ def test_the_first_filter_that_objects_gives_the_cause() -> None:
 
 
 def test_settings_switch_each_filter_off() -> None:
-    assert judged("Name birds", min_words=2).kept
-    assert judged("word " * 151, max_words=151).kept
-    assert judged("Describe this image", keywords=()).kept
-    assert judged("Say c++ out loud now", keywords=("c++",)).cause == "keyword"
-    assert judged("Say c++11 out loud now", keywords=("c++",)).kept
-    assert judged("- name three birds", allow_punctuation_start=True).kept
-    assert judged("写一首 关于 秋天 的诗", allow_non_ascii_start=True).kept
-    assert judged(SEED + " again", rouge_threshold=1.0).kept
-    assert judged(SEED, rouge_threshold=1.0).cause == "exact_duplicate"
+    assert judged("Name birds", FilterSettings(min_words=2)).kept
+    assert judged("word " * 151, FilterSettings(max_words=151)).kept
+    assert judged("Describe this image", FilterSettings(keywords=())).kept
+    assert judged("Say c++ out loud now", FilterSettings(keywords=("c++",))).cause == "keyword"
+    assert judged("Say c++11 out loud now", FilterSettings(keywords=("c++",))).kept
+    assert judged("- name three birds", FilterSettings(allow_punctuation_start=True)).kept
+    assert judged("写一首 关于 秋天 的诗", FilterSettings(allow_non_ascii_start=True)).kept
+    assert judged(SEED + " again", FilterSettings(rouge_threshold=1.0)).kept
+    assert judged(SEED, FilterSettings(rouge_threshold=1.0)).cause == "exact_duplicate"
 
 
 def test_texts_without_latin_letters_are_only_compared_exactly() -> None:
@@ -128,9 +129,9 @@ def test_settings_carry_over_every_field_of_the_configuration() -> None:
         ({"rouge_threshold": 1.5}, "rouge_threshold is 1.5"),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict[str, object], message: str) -> None:
+def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        FilterSettings(**settings)  # type: ignore[arg-type]
+        FilterSettings(**settings)
 
 
 def test_report_counts_by_cause_with_three_examples() -> None:

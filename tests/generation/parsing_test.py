@@ -5,19 +5,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from montessori_jax.generation import prompts
-from montessori_jax.generation.parsing import CAUSES, Parsed, parse_instruction
+from montessori_jax.generation.parsing import CAUSES, Finish, Parsed, parse_instruction
 
 OPEN, CLOSE = prompts.OPENING_TAG, prompts.CLOSING_TAG
 
 
-def parse(raw: str, style: str, finish: str) -> Parsed:
+def parse(raw: str, style: str, finish: Finish) -> Parsed:
     """Parses as the stage does, with the prefill that the style's prompt has."""
     prefill = prompts.build_instruction_prompt(style, ["Name a bird."]).prefill
-    return parse_instruction(raw, style=style, prefill=prefill, finish=finish)  # type: ignore[arg-type]
+    return parse_instruction(raw, style=style, prefill=prefill, finish=finish)
 
 
 # (style, finish, raw, instruction). The texts marked * were sampled from SmolLM2-135M-Instruct.
-GOOD = [
+GOOD: list[tuple[str, Finish, str, str]] = [
     ("chat", "end", f"Rivers matter.\n{OPEN}Why do rivers bend?{CLOSE}", "Why do rivers bend?"),
     ("chat", "stop", f"Rivers matter.\n{OPEN}Why do rivers bend?", "Why do rivers bend?"),
     ("chat", "end", f"{OPEN}\n  Why do rivers bend?\n{CLOSE}\nEnd.", "Why do rivers bend?"),
@@ -46,7 +46,7 @@ GOOD = [
 ]
 
 # (cause, style, finish, raw)
-BAD = [
+BAD: list[tuple[str, str, Finish, str]] = [
     ("no_tags", "chat", "end", "A very good question."),  # *
     ("no_tags", "chat", "length", "The instruction is a guide to apply data analysis"),
     ("no_opening_tag", "chat", "end", f"Name a bird.{CLOSE}"),
@@ -76,12 +76,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("style", "finish", "raw", "instruction"), GOOD)
-def test_instruction_is_found(style: str, finish: str, raw: str, instruction: str) -> None:
+def test_instruction_is_found(style: str, finish: Finish, raw: str, instruction: str) -> None:
     assert parse(raw, style, finish) == Parsed(raw, instruction, None)
 
 
 @pytest.mark.parametrize(("cause", "style", "finish", "raw"), BAD)
-def test_failure_has_its_cause(cause: str, style: str, finish: str, raw: str) -> None:
+def test_failure_has_its_cause(cause: str, style: str, finish: Finish, raw: str) -> None:
     assert parse(raw, style, finish) == Parsed(raw, None, cause)
 
 
@@ -106,7 +106,7 @@ def test_unknown_style_is_refused() -> None:
     st.sampled_from(prompts.STYLES),
     st.sampled_from(["stop", "end", "length"]),
 )
-def test_parsing_is_total_and_lossless(parts: list[str], style: str, finish: str) -> None:
+def test_parsing_is_total_and_lossless(parts: list[str], style: str, finish: Finish) -> None:
     raw = "".join(parts)
     parsed = parse(raw, style, finish)
     assert parsed.raw == raw

@@ -1,6 +1,7 @@
 """Which samples a step takes and how they are laid out."""
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
@@ -89,9 +90,9 @@ def test_every_plan_holds_its_step_and_fits_its_shape(
 def test_stacking_puts_fillers_last() -> None:
     plans = plan_steps([[0, 1, 2], [3]], [16] * 4, [4] * 4, micro_batch=1, share_rows=True)
 
-    def pack_rows(rows: object, shape: Shape) -> np.ndarray:
+    def pack_rows(rows: Sequence[Sequence[int]], shape: Shape) -> np.ndarray:
         made = np.full(shape.rows, -1)
-        for at, row in enumerate(rows):  # type: ignore[call-overload]
+        for at, row in enumerate(rows):
             made[at] = row[0]
         return made
 
