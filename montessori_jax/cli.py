@@ -15,6 +15,7 @@ from montessori_jax.commands.influence import add_influence
 from montessori_jax.commands.preferences import add_preferences
 from montessori_jax.commands.report import add_report
 from montessori_jax.commands.run import add_run
+from montessori_jax.commands.select import add_select
 from montessori_jax.commands.sft import add_sft
 from montessori_jax.errors import Interrupted, UserError
 from montessori_jax.stopping import Stop, on_signals
@@ -25,6 +26,7 @@ COMMANDS = (
     add_generate,
     add_sft,
     add_influence,
+    add_select,
     add_preferences,
     add_dpo,
     add_evaluate,

@@ -14,7 +14,17 @@ from montessori_jax.models import Model, ModelConfig
 from montessori_jax.models.folder import save_folder
 from tests.tiny_world import tiny_tokenizer
 
-STAGES = ("generate", "sft", "influence", "preferences", "dpo", "evaluate", "run", "report")
+STAGES = [
+    "generate",
+    "sft",
+    "influence",
+    "select",
+    "preferences",
+    "dpo",
+    "evaluate",
+    "run",
+    "report",
+]
 ROWS = [
     {"instruction": "Name a colour.", "response": "Blue is one."},
     {"instruction": "", "response": "no question"},

@@ -3,7 +3,7 @@
 For any JAX model and any optax optimizer: `local_influence` with a `Reference` (or `single_batch`)
 and `Candidate`s; `METHODS` are its estimators. For this project's decoders: `score_candidates` and
 `choose_estimator`. The pieces (`candidate_update`, `Reference.gradient`, `Reference.hvp`,
-`token_contributions`, `agreement`, `noise_floor`) are usable alone.
+`token_contributions`, `agreement`, `noise_floor`, `select`) are usable alone.
 """
 
 from montessori_jax.influence.agreement import Agreement, agreement
@@ -14,8 +14,22 @@ from montessori_jax.influence.memory import block_size
 from montessori_jax.influence.noise import noise_floor
 from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.reference import Reference, single_batch
-from montessori_jax.influence.scores import Candidate, Score, Scorer
-from montessori_jax.influence.scoring import choose_estimator, score_candidates
+from montessori_jax.influence.scores import (
+    Candidate,
+    Measured,
+    Score,
+    Scorer,
+    measured_score,
+    unmeasured,
+)
+from montessori_jax.influence.scoring import (
+    Student,
+    candidates_of,
+    choose_estimator,
+    probe_of,
+    score_candidates,
+)
+from montessori_jax.influence.selection import Selection, bounds, select
 from montessori_jax.influence.step import candidate_update, zero_gradient_update
 from montessori_jax.influence.tokens import token_contributions
 
@@ -26,23 +40,32 @@ __all__ = [
     "Candidate",
     "Choice",
     "MeanLoss",
+    "Measured",
     "Probe",
     "Reference",
     "Score",
     "Scorer",
+    "Selection",
+    "Student",
     "TokenLosses",
     "agreement",
     "audit",
     "block_size",
+    "bounds",
     "candidate_update",
+    "candidates_of",
     "chat_candidate",
     "chat_reference",
     "choose_estimator",
     "choose_method",
     "local_influence",
+    "measured_score",
     "noise_floor",
+    "probe_of",
     "score_candidates",
+    "select",
     "single_batch",
     "token_contributions",
+    "unmeasured",
     "zero_gradient_update",
 ]
