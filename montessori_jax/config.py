@@ -7,10 +7,10 @@ the file and what was expected. Field descriptions are what ``--help`` prints.
 import copy
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from montessori_jax.errors import UserError
@@ -313,6 +313,21 @@ class EvaluationConfig:
     attention: Attention = setting("auto", ATTENTION_HELP)
 
 
+def _listed(value: Any) -> Any:
+    """``none``, one name, or a list of names; each once."""
+    if value == "none":
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    named = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+    return tuple(dict.fromkeys(value)) if named else value
+
+
+Trackers = Annotated[
+    tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_listed)
+]
+
+
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """The whole loop: `montessori run`."""
@@ -323,8 +338,10 @@ class RunConfig:
     method: Literal["montessori"] = setting("montessori", "which method the loop follows")
     iterations: int = setting(2, "times round the loop", ge=1)
     seed: int = setting(0, "every random draw is keyed by it", ge=0)
-    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
-        "none", "where metrics go besides metrics.jsonl; needs montessori-jax[trackers]"
+    tracker: Trackers = setting(
+        (),
+        "where metrics go besides metrics.jsonl: tensorboard, wandb, trackio, a list of them, or "
+        "none; needs montessori-jax[trackers]",
     )
     tracker_project: str = setting("montessori", "what wandb and trackio call the project")
     push_to_hub: str = setting(

@@ -1,7 +1,8 @@
-"""Metrics as JSON lines, kept consistent across a resume, and given on to a tracker."""
+"""Metrics as JSON lines, kept consistent across a resume, and given on to trackers."""
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from montessori_jax.trackers import Sender, Tracking
 class MetricsFile:
     """One JSON object a step. A step written again (after a resume) replaces what followed.
 
-    As a context manager it ends the tracker's run with the block.
+    As a context manager it ends the trackers' runs with the block.
 
     Args:
-        path: the file; its folder names the tracker's run.
-        tracking: which tracker gets the rows too, each step once.
-        say: told in one line if the tracker fails; the file goes on.
+        path: the file; its folder names the trackers' runs.
+        tracking: which trackers get the rows too, each step once.
+        say: told in one line if a tracker fails; the file and the others go on.
     """
 
     def __init__(
@@ -31,13 +32,17 @@ class MetricsFile:
             if whole:
                 self.last = json.loads(whole[-1])["step"]
         chosen = tracking or Tracking()
-        self._sender = Sender(lambda: chosen.open(path.parent), self.last, say)
+        self._senders = [
+            Sender(kind, partial(chosen.open, kind, path.parent), self.last, say)
+            for kind in chosen.kinds
+        ]
 
     def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._sender.close()
+        for sender in self._senders:
+            sender.close()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record that has a ``step``."""
@@ -49,7 +54,8 @@ class MetricsFile:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.last = step
-        self._sender.send(record)
+        for sender in self._senders:
+            sender.send(record)
 
     def read(self) -> list[dict[str, Any]]:
         """All records, in order of their steps."""

@@ -94,8 +94,8 @@ class Loop:
     def tracking(self, stage: str) -> Tracking:
         """Where the stage's metrics go besides their file."""
         path = self.directory.path
-        kind, project = self.config.tracker, self.config.tracker_project
-        return Tracking(kind, project, path.resolve().name, stage, path / "tracker")
+        kinds, project = self.config.tracker, self.config.tracker_project
+        return Tracking(kinds, project, path.resolve().name, stage, path / "tracker")
 
     def push(self, stage: str, folder: Path) -> None:
         """Push what a finished stage made, if that is asked for and not done yet."""

@@ -10,14 +10,13 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from montessori_jax.errors import UserError
 
-TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 IDENTITY = "tracker.json"
 
 
@@ -31,43 +30,40 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class Tracking:
-    """Which tracker a stage's metrics go to, and under which names.
+    """Which trackers a stage's metrics go to, and under which names.
 
     Attributes:
-        kind: one of `TRACKERS`.
+        kinds: keys of `OPENERS`.
         project: what the tracker's service calls the project.
         run: the run's name, which groups its stages.
         stage: the stage's name within the run.
         logs: folder of TensorBoard's event files and of what wandb keeps on the disk.
     """
 
-    kind: str = "none"
+    kinds: tuple[str, ...] = ()
     project: str = "montessori"
     run: str = ""
     stage: str = ""
     logs: Path = Path()
 
-    def open(self, folder: Path) -> Tracker | None:
-        """The tracker's run of the stage that works in ``folder``; None without a tracker."""
-        if self.kind == "none":
-            return None
-        return OPENERS[self.kind](self, _identity(folder))
+    def open(self, kind: str, folder: Path) -> Tracker:
+        """One tracker's run of the stage that works in ``folder``."""
+        return OPENERS[kind](self, _identity(folder))
 
 
-def check_tracker(kind: str) -> None:
+def check_tracker(kinds: Sequence[str]) -> None:
     """Fail before any work is done where a tracker cannot be used.
 
     Raises:
         UserError: its package is not installed, or wandb knows no account.
     """
-    if kind == "none":
-        return
-    if importlib.util.find_spec(kind) is None:
-        raise UserError(
-            f"tracker '{kind}' needs a package that is not installed: "
-            "pip install 'montessori-jax[trackers]', or set tracker: none"
-        )
-    if kind == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
+    for kind in kinds:
+        if importlib.util.find_spec(kind) is None:
+            raise UserError(
+                f"tracker '{kind}' needs a package that is not installed: "
+                "pip install 'montessori-jax[trackers]', or set tracker: none"
+            )
+    if "wandb" in kinds and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
         if not wandb.api.api_key:
@@ -93,9 +89,11 @@ def scalars(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
 class Sender:
     """Gives records to a tracker: each step once, and no failure of it stops the work."""
 
-    def __init__(self, opener: Callable[[], Tracker | None], last: int, say: Callable[[str], None]):
+    def __init__(
+        self, name: str, opener: Callable[[], Tracker], last: int, say: Callable[[str], None]
+    ):
         """``last`` is the newest step that was given to the tracker before."""
-        self._say, self._last = say, last
+        self._name, self._say, self._last = name, say, last
         self._tracker: Tracker | None = None
         self._try(lambda: setattr(self, "_tracker", opener()))
 
@@ -119,7 +117,9 @@ class Sender:
         except Exception as error:  # services fail in their own ways; the file has every row
             self._tracker = None
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._say(f"warning: the tracker failed and is left out from here: {reason}")
+            self._say(
+                f"warning: the tracker {self._name} failed and is left out from here: {reason}"
+            )
 
 
 class _TensorBoard:
