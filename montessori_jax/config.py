@@ -1,22 +1,15 @@
-"""Every setting of every stage: frozen dataclasses, filled strictly from YAML and overrides.
+"""Every setting of every stage: frozen dataclasses, strict about names, types and bounds.
 
-An unknown key, a wrong type or an impossible value is a one-line `UserError` that names the key,
-the file and what was expected. Field descriptions are what ``--help`` prints.
+Field descriptions are what ``--help`` prints. `montessori_jax.config_file` fills them from YAML.
 """
 
-import copy
-from dataclasses import field, fields, is_dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
+from dataclasses import field
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
-from montessori_jax.errors import UserError
-
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-T = TypeVar("T")
 
 
 def setting(default: Any, description: str, **bounds: Any) -> Any:
@@ -366,75 +359,6 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-def build(kind: type[T], values: dict[str, Any], origin: str) -> T:
-    """Check ``values`` against a config dataclass; ``origin`` names the file in errors."""
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        extra = len(error.errors()) - 1
-        more = f" (and {extra} more)" if extra else ""
-        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            known = ", ".join(_names_at(kind, first["loc"][:-1]))
-            raise UserError(f"{origin}: unknown key '{key}'; known here: {known}{more}") from None
-        if first["type"] == "value_error":
-            raise UserError(f"{origin}: '{key}': {first['ctx']['error']}{more}") from None
-        raise UserError(
-            f"{origin}: '{key}' is {first.get('input')!r}, but: {first['msg']}{more}"
-        ) from None
-
-
-def _names_at(kind: Any, path: tuple[int | str, ...]) -> list[str]:
-    for part in path:
-        kind = get_type_hints(kind).get(str(part), kind)
-    return [item.name for item in fields(kind)] if is_dataclass(kind) else []
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping; one-line errors for a missing file, bad syntax or another top level."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not valid YAML: {reason}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")
-    return values
-
-
-def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """Apply ``section.key=value`` assignments (values are YAML) to a copy of ``values``."""
-    result = copy.deepcopy(values)
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals or not name:
-            raise UserError(f"override '{assignment}': expected section.key=value")
-        *sections, last = name.strip().split(".")
-        place = result
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise UserError(f"override '{assignment}': '{section}' is not a section")
-        try:
-            place[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"override '{assignment}': the value is not valid YAML") from None
-    return result
-
-
 def as_dict(settings: Any) -> dict[str, Any]:
     """A config dataclass as plain JSON-able values."""
     return TypeAdapter(type(settings)).dump_python(settings, mode="json")
-
-
-def load_run_config(path: str | Path, assignments: list[str] | None = None) -> RunConfig:
-    """A `RunConfig` from a YAML file and ``section.key=value`` overrides."""
-    return build(RunConfig, override(read_yaml(path), assignments or []), str(path))

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import TypeAdapter
 
-from montessori_jax.config import build
+from montessori_jax.config_file import build
 
 Kind = type[Any]
 

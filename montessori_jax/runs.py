@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from montessori_jax.config import RunConfig, as_dict, read_yaml
+from montessori_jax.config import RunConfig, as_dict
+from montessori_jax.config_file import read_yaml
 from montessori_jax.data.writing import open_atomically
 from montessori_jax.errors import UserError
 

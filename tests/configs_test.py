@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from montessori_jax.config import RunConfig, TrainingConfig, load_run_config
+from montessori_jax.config import RunConfig, TrainingConfig
+from montessori_jax.config_file import load_run_config
 from montessori_jax.models import Model
 from montessori_jax.models.families import family_of
 

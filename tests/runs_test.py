@@ -3,7 +3,8 @@ import os
 
 import pytest
 
-from montessori_jax.config import RunConfig, build
+from montessori_jax.config import RunConfig
+from montessori_jax.config_file import build
 from montessori_jax.errors import UserError
 from montessori_jax.runs import (
     Journal,

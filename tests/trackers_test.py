@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from montessori_jax.config import RunConfig, as_dict, build
+from montessori_jax.config import RunConfig, as_dict
+from montessori_jax.config_file import build
 from montessori_jax.errors import UserError
 from montessori_jax.metrics import MetricsFile
 from montessori_jax.pipeline import run

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from montessori_jax.config import RunConfig, build, override, read_yaml
+from montessori_jax.config import RunConfig
+from montessori_jax.config_file import build, override, read_yaml
 from montessori_jax.stopping import Stop
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ import argparse
 from typing import Any
 
 from montessori_jax.commands.arguments import add_command
-from montessori_jax.config import as_dict, load_run_config
+from montessori_jax.config import as_dict
+from montessori_jax.config_file import load_run_config
 from montessori_jax.stopping import Stop
 
 

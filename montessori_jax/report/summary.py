@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from montessori_jax.config import read_yaml
+from montessori_jax.config_file import read_yaml
 from montessori_jax.costs import read_ledger
 from montessori_jax.runs import RunDirectory
 

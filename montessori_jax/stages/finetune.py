@@ -6,7 +6,8 @@ and optimizer state, where influence starts). Both write ``metrics.jsonl`` and r
 
 from typing import Any
 
-from montessori_jax.config import OptimizerConfig, SftConfig, WarmupConfig, as_dict, build
+from montessori_jax.config import OptimizerConfig, SftConfig, WarmupConfig, as_dict
+from montessori_jax.config_file import build
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.encode import EncodedRows, encode_rows
 from montessori_jax.data.rows import read_rows

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from montessori_jax.config import OptimizerConfig, build
+from montessori_jax.config import OptimizerConfig
+from montessori_jax.config_file import build
 from montessori_jax.data.writing import open_atomically
 from montessori_jax.errors import UserError
 from montessori_jax.models import Model
