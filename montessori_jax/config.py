@@ -234,6 +234,10 @@ class InfluenceConfig:
     precision: Literal["float32", "bf16_split", "bfloat16"] = setting(
         "float32", "products in float32, as float32 made of bf16 ones (accelerators), or in bf16"
     )
+    attention: Attention = setting(
+        "auto",
+        f"{ATTENTION_HELP}; control_variate, linearized and second_order need xla and take it",
+    )
     audit: int = setting(
         32, "most scores measured again with exact, within 15% of the cost but 8; 0: none", ge=0
     )

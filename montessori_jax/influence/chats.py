@@ -18,6 +18,7 @@ from montessori_jax.influence.precision import compute_dtype, matmul_precision
 from montessori_jax.influence.reference import Reduction, Reference, sample_weights
 from montessori_jax.influence.scores import Candidate
 from montessori_jax.models import Model, Params
+from montessori_jax.models.attention_kernels import BLOCK
 from montessori_jax.training.losses import sum_by_sample, token_losses
 
 # Activations up to this size are kept for the backward pass; beyond it they are recomputed, which
@@ -30,18 +31,22 @@ SHORTEST_ROW = 256
 TOKENS_TOGETHER = 4096
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("model",), meta_fields=("dtype",))
+@partial(
+    jax.tree_util.register_dataclass, data_fields=("model",), meta_fields=("dtype", "attention")
+)
 @dataclass(frozen=True)
 class TokenLosses:
     """``(params, batch) -> losses [rows, slots]`` of a decoder; equal ones share programs.
 
     A pytree: where the model holds arrays of its own (an adapter's frozen base) they are arguments
     of the programs. ``dtype`` is ``float32``, ``bf16_split``, ``bfloat16`` (or ``float64``), see
-    `montessori_jax.influence.precision`.
+    `montessori_jax.influence.precision`; ``attention`` names a kernel, and forward mode needs
+    ``xla``.
     """
 
     model: Model
     dtype: str = "float32"
+    attention: str = "xla"
 
     def __call__(self, params: Params, batch: Batch) -> Float[Array, "rows slots"]:
         kept = activation_bytes(self.model.config, *batch.tokens.shape) <= KEPT_ACTIVATIONS
@@ -52,6 +57,7 @@ class TokenLosses:
                 batch,
                 dtype=compute_dtype(self.dtype),
                 remat="none" if kept else "full",
+                attention=self.attention,
             )
 
 
@@ -115,12 +121,13 @@ def unpacked(data: Batch) -> EncodedChat:
 
 
 def chat_candidate(
-    id: str, chat: EncodedChat, max_length: int, *, coarse: bool = False
+    id: str, chat: EncodedChat, max_length: int, *, coarse: bool = False, attention: str = "xla"
 ) -> Candidate:
     """A chat as one row; the response is cut at ``max_length`` tokens.
 
     Rows are 64, 96, 128, 192, ... tokens long, with ``coarse`` 64, 128, 256, ...: every length is
-    one more program to compile, and padding costs `exact` little beside its reference pass.
+    one more program to compile, and padding costs `exact` little beside its reference pass. Where
+    ``attention`` names a fused kernel they are whole blocks of it.
     Without a response token left to learn from there are no data but a reason.
     """
     if not count_targets(chat):
@@ -140,6 +147,8 @@ def chat_candidate(
     elif length >= 128 and count_targets(fitted) <= length // 2:
         # The head is a quarter of a small model's gradient: spare it what is no target.
         slots = length // 2
+    if attention not in ("auto", "xla"):
+        length += -length % BLOCK
     return Candidate(id, pack([fitted], [[0]], row_length=length, slots=slots))
 
 
@@ -153,6 +162,7 @@ def chat_reference(
     rows_per_pass: int = 4,
     dtype: str = "float32",
     gradient_dtype: str = "float32",
+    attention: str = "xla",
 ) -> Reference:
     """Chats packed once into ``[passes, rows, length]``, many to a row; the head sees responses.
 
@@ -165,6 +175,7 @@ def chat_reference(
         rows_per_pass: rows on the device at one time.
         dtype: compute dtype of the losses that are subtracted.
         gradient_dtype: compute dtype of the reference gradient.
+        attention: see `TokenLosses`.
 
     Raises:
         UserError: no sample has response tokens, or one is longer than ``row_length``.
@@ -180,8 +191,8 @@ def chat_reference(
             f"row_length {row_length}: a reference sample has {longest} tokens; raise row_length, "
             "or leave it at 0, which chooses"
         )
-    losses = TokenLosses(model, dtype)
-    smooth = TokenLosses(model, gradient_dtype) if gradient_dtype != dtype else None
+    losses = TokenLosses(model, dtype, attention)
+    smooth = TokenLosses(model, gradient_dtype, attention) if gradient_dtype != dtype else None
 
     def of(indices: Sequence[int]) -> Reference:
         chosen = [samples[i] for i in indices]

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 # Reference rows, or several sets of them by name.
 ReferenceChats = Sequence[EncodedChat] | Mapping[str, Sequence[EncodedChat]]
 BASELINES = ("grad_dot", "grad_cos", "less")
+# Estimators that differentiate in forward mode, which fused attention kernels do not have.
+FORWARD = ("control_variate", "linearized", "second_order")
 
 
 class Student(NamedTuple):
@@ -246,9 +248,16 @@ def candidates_of(
     """Chats as candidates, in few shapes where the method's other work outweighs padding."""
     coarse = settings.method in ("exact", "second_order")
     return [
-        chat_candidate(name, chat, settings.max_length, coarse=coarse)
+        chat_candidate(
+            name, chat, settings.max_length, coarse=coarse, attention=attention_of(settings)
+        )
         for name, chat in zip(names, chats, strict=True)
     ]
+
+
+def attention_of(settings: InfluenceConfig) -> str:
+    """The attention kernel that the method can use."""
+    return "xla" if settings.method in FORWARD else settings.attention
 
 
 def probe_of(
@@ -270,7 +279,7 @@ def probe_of(
         lanes(student.model, params, candidates, one) for one in references.values()
     )
     return Probe(
-        MeanLoss(TokenLosses(student.model, settings.precision)),
+        MeanLoss(TokenLosses(student.model, settings.precision, attention_of(settings))),
         params,
         opt_state,
         student.tx,
@@ -332,6 +341,7 @@ def reference_for(
         if settings.method == "exact" or settings.precision == "bf16_split"
         else "float32",
         gradient_dtype=settings.precision,
+        attention=attention_of(settings),
     )
 
 
