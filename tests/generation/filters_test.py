@@ -108,7 +108,7 @@ def test_kept_texts_count_against_those_that_follow() -> None:
 
 def test_settings_carry_over_every_field_of_the_configuration() -> None:
     assert FilterSettings.of(FilterConfig()) == FilterSettings()
-    changed = {
+    changed: dict[str, Any] = {
         "min_words": 1,
         "max_words": 9,
         "keywords": ("sea",),

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from montessori_jax.influence.control_variate import difference_estimate, part_of
-from tests.influence.problems import REFERENCES, curved
+from tests.influence.problems import REFERENCES, curved, influences
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,6 @@ def measured():
             "sign": problem.score("control_variate", fraction=0.5, refine="sign"),
             "again": problem.score("control_variate", fraction=0.5, candidates=problem.items[3:]),
         }
-
-
-def influences(scores):
-    return np.array([score.influence for score in scores])
 
 
 def test_the_whole_reference_gives_exact(measured):

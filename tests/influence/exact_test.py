@@ -16,6 +16,7 @@ from montessori_jax.influence import (
     local_influence,
     single_batch,
 )
+from tests.influence.problems import from_rest, influences
 from tests.influence.students import MODEL, adamw, chats, student
 
 LOSS = MeanLoss(TokenLosses(MODEL))
@@ -29,10 +30,6 @@ def reference():
 @pytest.fixture(scope="module")
 def candidates():
     return [chat_candidate(f"c{i}", chat, 64) for i, chat in enumerate(chats(11, 2))]
-
-
-def influences(scores):
-    return np.array([score.influence for score in scores])
 
 
 def squared_error(params, data):
@@ -51,14 +48,9 @@ def test_sgd_on_a_linear_model_by_hand():
 
     tx = optax.sgd(0.25)
     params = {"w": jnp.array([1.0, 2.0])}
-    [score] = local_influence(
-        squared_error,
-        params,
-        tx.init(params),
-        tx,
-        [Candidate("one", (np.array([1.0, 0.0], np.float32), np.float32(0.0)))],
-        single_batch(losses, np.array([0.5, 0.5])),
-    )
+    items = [Candidate("one", (np.array([1.0, 0.0], np.float32), np.float32(0.0)))]
+    reference = single_batch(losses, np.array([0.5, 0.5]))
+    [score] = from_rest(squared_error, params, tx, items, reference)
     assert score.loss_before == 1.25
     assert score.loss_after == 0.703125
     assert score.influence == 1.25 - 0.703125
@@ -197,17 +189,8 @@ def test_a_broken_candidate_has_a_reason_and_harms_no_other(method):
     tx = optax.sgd(0.1)
 
     def run(items):
-        return local_influence(
-            squared_error,
-            params,
-            tx.init(params),
-            tx,
-            items,
-            reference,
-            method=method,
-            block=2,
-            chunk=4,
-        )
+        how = {"method": method, "block": 2, "chunk": 4}
+        return from_rest(squared_error, params, tx, items, reference, **how)
 
     healthy, found = run(items), run(broken)
     assert found[4].influence is None
@@ -222,18 +205,9 @@ def test_gradient_scale_scales_the_gradient(method):
     params, items, reference = linear(3)
 
     def run(rate, scale):
-        tx = optax.sgd(rate)
+        how = {"method": method, "gradient_scale": scale}
         return influences(
-            local_influence(
-                squared_error,
-                params,
-                tx.init(params),
-                tx,
-                items,
-                reference,
-                method=method,
-                gradient_scale=scale,
-            )
+            from_rest(squared_error, params, optax.sgd(rate), items, reference, **how)
         )
 
     np.testing.assert_allclose(run(0.2, 0.5), run(0.1, 1.0), rtol=1e-5)
@@ -243,10 +217,9 @@ def test_a_gradient_that_is_not_finite_has_a_reason():
     # The square root's derivative at 0 is infinite, its value is not.
     tx = optax.sgd(0.1)
     params = {"w": jnp.array([0.0])}
-    [score] = local_influence(
+    [score] = from_rest(
         lambda params, data: jnp.sum(jnp.sqrt(params["w"]) * data),
         params,
-        tx.init(params),
         tx,
         [Candidate("steep", np.float32(1.0))],
         single_batch(lambda params: params["w"], np.array([1.0])),

@@ -17,13 +17,10 @@ from montessori_jax.influence import (
     local_influence,
     single_batch,
 )
+from tests.influence.problems import influences
 from tests.influence.students import MODEL, adamw, chats, student
 
 LOSS = MeanLoss(TokenLosses(MODEL))
-
-
-def influences(scores):
-    return np.array([score.influence for score in scores])
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """A small curved problem in float64: nothing of it is a language model, so it compiles at once."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from montessori_jax.influence import Candidate, Reference, local_influence, single_batch
+from montessori_jax.influence import Candidate, Reference, Score, local_influence, single_batch
 
 INPUTS, WIDTH, REFERENCES = 4, 3, 24
 
@@ -35,7 +36,16 @@ class Problem(NamedTuple):
         )
 
     def influences(self, method: str, **how) -> np.ndarray:
-        return np.array([score.influence for score in self.score(method, **how)])
+        return influences(self.score(method, **how))
+
+
+def influences(scores: Sequence[Score]) -> np.ndarray:
+    return np.array([score.influence for score in scores])
+
+
+def from_rest(loss, params, tx, items, reference, **how) -> list[Score]:
+    """`local_influence` with the optimizer's state as it starts."""
+    return local_influence(loss, params, tx.init(params), tx, items, reference, **how)
 
 
 def predict(params, x):

@@ -7,7 +7,8 @@ import optax
 import pytest
 import torch
 
-from tests.influence.problems import INPUTS, WIDTH, curved, reference_points
+from montessori_jax.influence import Candidate, single_batch
+from tests.influence.problems import INPUTS, WIDTH, curved, from_rest, reference_points
 
 
 def torch_reference_loss(inner, outer):
@@ -49,8 +50,6 @@ def test_halving_the_rate_with_moments_fixed_quarters_the_relative_error(point):
 
 
 def test_a_quadratic_loss_leaves_no_error():
-    from montessori_jax.influence import Candidate, local_influence, single_batch
-
     rng = np.random.default_rng(6)
     half = rng.normal(size=(5, 5))
     with jax.enable_x64(True):
@@ -59,15 +58,7 @@ def test_a_quadratic_loss_leaves_no_error():
         reference = single_batch(lambda p: (p @ (half @ half.T) @ p)[None], np.ones(1))
         items = [Candidate(str(i), rng.normal(size=5)) for i in range(3)]
         truth, estimate = (
-            local_influence(
-                lambda p, data: p @ data,
-                params,
-                tx.init(params),
-                tx,
-                items,
-                reference,
-                method=method,
-            )
+            from_rest(lambda p, data: p @ data, params, tx, items, reference, method=method)
             for method in ("exact", "second_order")
         )
     for a, b in zip(truth, estimate, strict=True):

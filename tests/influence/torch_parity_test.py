@@ -17,20 +17,11 @@ from montessori_jax.influence import (
     local_influence,
 )
 from tests.influence.students import CONFIG, MODEL, chats
+from tests.models.tiny import MATRICES
 
 RATE, DECAY = 1e-3, 0.01
 REFERENCES = chats(6, 21)
 CANDIDATES = chats(8, 22)
-# Our layers' matrices by their Hugging Face names; transposed, as torch keeps [outputs, inputs].
-MATRICES = {
-    "self_attn.q_proj": ("attention", "query"),
-    "self_attn.k_proj": ("attention", "key"),
-    "self_attn.v_proj": ("attention", "value"),
-    "self_attn.o_proj": ("attention", "out"),
-    "mlp.gate_proj": ("mlp", "gate"),
-    "mlp.up_proj": ("mlp", "up"),
-    "mlp.down_proj": ("mlp", "down"),
-}
 
 
 class Norm(torch.nn.RMSNorm):

@@ -15,16 +15,6 @@ from montessori_jax.models.weights import to_params
 from tests.models import tiny
 
 CONFIG = {**tiny.CONFIG, "num_hidden_layers": 2}
-# peft's modules, by hand: where each one's numbers lie in our tree.
-MODULES = {
-    "self_attn.q_proj": ("attention", "query"),
-    "self_attn.k_proj": ("attention", "key"),
-    "self_attn.v_proj": ("attention", "value"),
-    "self_attn.o_proj": ("attention", "out"),
-    "mlp.gate_proj": ("mlp", "gate"),
-    "mlp.up_proj": ("mlp", "up"),
-    "mlp.down_proj": ("mlp", "down"),
-}
 
 
 class Twins(NamedTuple):
@@ -65,7 +55,7 @@ def twins(targets: tuple[str, ...] = ("all-linear",), *, b: float = 0.1, **optio
 def to_tree(tensors: dict[str, np.ndarray]) -> Params:
     """peft's tensors (or their gradients), by name, as our tree: transposed and stacked."""
     layers: Params = {}
-    for module, (part, ours) in MODULES.items():
+    for module, (part, ours) in tiny.MATRICES.items():
         for side in ("A", "B"):
             found = [
                 tensors[name].T

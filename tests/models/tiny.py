@@ -43,6 +43,17 @@ CONFIG: dict[str, Any] = {
     "torch_dtype": "float32",
     "use_cache": True,
 }
+# Our layers' matrices by their Hugging Face names, by hand; torch keeps them transposed, as
+# [outputs, inputs].
+MATRICES = {
+    "self_attn.q_proj": ("attention", "query"),
+    "self_attn.k_proj": ("attention", "key"),
+    "self_attn.v_proj": ("attention", "value"),
+    "self_attn.o_proj": ("attention", "out"),
+    "mlp.gate_proj": ("mlp", "gate"),
+    "mlp.up_proj": ("mlp", "up"),
+    "mlp.down_proj": ("mlp", "down"),
+}
 LINEAR = {"type": "linear", "factor": 3.0}
 # CONFIG's wavelengths are 6.3, 63, 628 and 6,283 positions: one is kept (below 80 / 4), one lies on
 # the ramp (below 80), two are divided. Rows of 96 go past the original length.

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import get_wsd_schedule
 
 from montessori_jax.config import OptimizerConfig, SftConfig
 from montessori_jax.data.packing import pack
 from montessori_jax.models.weights import from_params
 from montessori_jax.training.optimizer import make_optimizer, probe_optimizer
-from montessori_jax.training.schedules import phases, rate_table
+from montessori_jax.training.schedules import rate_table
 from montessori_jax.training.state import start
 from montessori_jax.training.steps import sft_step
 from tests.training import samples
@@ -55,15 +54,7 @@ def test_fifty_steps_of_a_llama_are_those_of_torch(settings: SftConfig) -> None:
         losses.append(float(metrics["loss"]))
 
     optimizer = torch_optimizer(settings, theirs.parameters())
-    split = phases(settings, STEPS)
-    schedule = get_wsd_schedule(
-        optimizer,
-        num_warmup_steps=split.warmup,
-        num_stable_steps=split.stable,
-        num_decay_steps=split.decay,
-        decay_type=settings.decay,
-        min_lr_ratio=settings.final_learning_rate / settings.learning_rate,
-    )
+    schedule = samples.torch_schedule(optimizer, settings, STEPS)
     expected, clipped = [], 0
     for chat in chats:
         loss = -samples.torch_log_probs(theirs, chat).mean()

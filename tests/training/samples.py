@@ -6,13 +6,15 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, get_wsd_schedule
 
+from montessori_jax.config import OptimizerConfig
 from montessori_jax.data.chat import EncodedChat
 from montessori_jax.models import Model, ModelConfig, Params
 from montessori_jax.models.families import family_of
 from montessori_jax.models.weights import to_params
 from montessori_jax.training.pairs import EncodedPair
+from montessori_jax.training.schedules import phases
 from tests.models import tiny
 
 CONFIG = {**tiny.CONFIG, "num_hidden_layers": 2}
@@ -97,3 +99,18 @@ def torch_log_probs(model: LlamaForCausalLM, chat: EncodedChat) -> torch.Tensor:
     logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
     every = torch.log_softmax(logits[:-1], dim=-1).gather(1, ids[0, 1:, None])[:, 0]
     return every[chat.prompt_length - 1 :]
+
+
+def torch_schedule(
+    optimizer: torch.optim.Optimizer, settings: OptimizerConfig, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Transformers' schedule with the phases and the final rate of ``settings``."""
+    split = phases(settings, steps)
+    return get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=split.warmup,
+        num_stable_steps=split.stable,
+        num_decay_steps=split.decay,
+        decay_type=settings.decay,
+        min_lr_ratio=settings.final_learning_rate / settings.learning_rate,
+    )

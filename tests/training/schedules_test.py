@@ -6,25 +6,17 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import get_wsd_schedule
 
 from montessori_jax.config import OptimizerConfig, WarmupConfig
 from montessori_jax.errors import UserError
 from montessori_jax.training.schedules import Phases, phases, rate_table, wsd
+from tests.training import samples
 
 
 def transformers_rates(settings: OptimizerConfig, steps: int) -> list[float]:
     """The rate that each update would use, and three after the end."""
-    split = phases(settings, steps)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)
-    schedule = get_wsd_schedule(
-        optimizer,
-        num_warmup_steps=split.warmup,
-        num_stable_steps=split.stable,
-        num_decay_steps=split.decay,
-        decay_type=settings.decay,
-        min_lr_ratio=settings.final_learning_rate / settings.learning_rate,
-    )
+    schedule = samples.torch_schedule(optimizer, settings, steps)
     rates = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the optimizer itself is never stepped
