@@ -24,6 +24,7 @@ ended, ``ours-whole`` only when all have, as a sampler of whole batches does; th
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -31,7 +32,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,8 +95,7 @@ class Endings:
     def __init__(self, every: int, vocabulary: int):
         self.stop_ids = tuple(range(0, vocabulary, every)) if every else ()
 
-    @staticmethod
-    def decode(ids: Any) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         return ""
 
 
@@ -111,7 +111,7 @@ def make_ours(model_name: str, refill: bool) -> Callable[[Case, int], Answer]:
         JaxSampler(
             model,
             loaded.params,
-            Endings(every, model.config.vocab_size),  # type: ignore[arg-type]
+            Endings(every, model.config.vocab_size),
             refill=refill,
         )
         for every in (0, 32)
@@ -165,35 +165,49 @@ def make_torch(side: str, folder: Path) -> Callable[[Case, int], Answer]:
     return run
 
 
-def make_vllm(python: str, folder: Path) -> tuple[Callable[[Case, int], Answer], Callable[[], Any]]:
-    """A server of vLLM's OpenAI interface on a port of its own, and what ends it."""
+@contextlib.contextmanager
+def vllm_server(python: str, folder: Path) -> Iterator[str]:
+    """vLLM's OpenAI interface on a port of its own while the block runs; yields its address."""
     port = 18123
-    log = open(folder / "vllm.log", "w", encoding="utf-8")  # noqa: SIM115
-    server = subprocess.Popen(
-        [
-            *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
-            *("--served-model-name", "teacher", "--host", "127.0.0.1", "--port", str(port)),
-            *("--max-model-len", "1024", "--dtype", "float32"),
-        ],
-        stdout=log, stderr=subprocess.STDOUT, cwd=folder,
-        env={
-            **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2",
-            "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
-            "PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}",
-        },
-    )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 600
-    while True:
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=5)
-            break
-        except OSError:
+    with open(folder / "vllm.log", "w", encoding="utf-8") as log:
+        server = subprocess.Popen(
+            [
+                *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
+                *("--served-model-name", "teacher", "--host", "127.0.0.1", "--port", str(port)),
+                *("--max-model-len", "1024", "--dtype", "float32"),
+            ],
+            stdout=log, stderr=subprocess.STDOUT, cwd=folder,
+            env={
+                **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2",
+                "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+                "PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}",
+            },
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 600
+        while not answers(f"{address}/health"):
             if server.poll() is not None or time.monotonic() > deadline:
                 server.kill()
                 tail = (folder / "vllm.log").read_text()[-3000:]
-                raise SystemExit(f"vLLM did not start:\n{tail}") from None
+                raise SystemExit(f"vLLM did not start:\n{tail}")
             time.sleep(1)
+        yield address
+    finally:
+        server.terminate()
+
+
+def answers(address: str) -> bool:
+    """Whether a server is up at ``address``."""
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def make_vllm(address: str, folder: Path) -> Callable[[Case, int], Answer]:
+    """Runs on the server at ``address``, whose model lies in ``folder``."""
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
 
     def run(case: Case, repetition: int) -> Answer:
@@ -217,25 +231,22 @@ def make_vllm(python: str, folder: Path) -> tuple[Callable[[Case, int], Answer],
             answer = json.load(reply)
         return clock.answer(answer["usage"]["completion_tokens"])._replace(cpu_seconds=None)
 
-    return run, server.terminate
+    return run
 
 
 def work(side: str, model: str, folder: Path, vllm: str) -> None:
     """A child: case names and repetitions in, answers out, a line each."""
-    end: Callable[[], Any] = lambda: None  # noqa: E731
-    if side in OURS:
-        run = make_ours(model, refill=side == "ours")
-    elif side == "vllm":
-        run, end = make_vllm(vllm, folder)
-    else:
-        run = make_torch(side, folder)
-    print("ready", flush=True)
-    try:
+    with contextlib.ExitStack() as until_the_end:
+        if side in OURS:
+            run = make_ours(model, refill=side == "ours")
+        elif side == "vllm":
+            run = make_vllm(until_the_end.enter_context(vllm_server(vllm, folder)), folder)
+        else:
+            run = make_torch(side, folder)
+        print("ready", flush=True)
         for line in sys.stdin:
             name, repetition = line.split()
             print(json.dumps(run(CASES[name], int(repetition))), flush=True)
-    finally:
-        end()
 
 
 class Side:

@@ -147,7 +147,7 @@ def separate_step(model: Model, tx: Any, settings: DpoConfig) -> Any:
     def objective(params: Params, batch: Batch) -> Any:
         losses = token_losses(model, params, batch, remat=settings.remat)
         sums = sum_by_sample(losses, batch, 2)
-        ratios = -sums.total + 10.0 * sums.count
+        ratios = -sums.total + 10.0 * sums.targets
         loss = sigmoid_loss(settings.beta * (ratios[0] - ratios[1]))
         return loss, {"loss": loss}
 

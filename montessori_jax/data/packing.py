@@ -152,4 +152,5 @@ def pack(
             samples[row, slot] = index
             weights[row, slot] = 1.0
             start, filled = end, filled + count
+    # NumPy's arrays; a program that takes a batch sees JAX's.
     return Batch(tokens, segments, positions, at, targets, samples, weights)  # type: ignore[arg-type]

@@ -78,7 +78,7 @@ def reference_loss(
         options = {"dtype": settings.dtype, "attention": settings.attention}
         sums = jax.device_get(_sums(model, params, batch, len(chats), **options))
         total += np.asarray(sums.total, np.float64)
-        count += np.asarray(sums.count, np.float64)
+        count += np.asarray(sums.targets, np.float64)
         progress(sum(len(row) for row in part))
     means = total / count
     spread = float(np.std(means, ddof=1)) if len(means) > 1 else None

@@ -2,10 +2,23 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 Finish = Literal["end", "stop", "length"]
 """How a text ended: the model ended its turn, a stop string was written, no room was left."""
+
+
+class Turns(Protocol):
+    """What the end of a text is told by; `montessori_jax.data.chat.ChatFormat` is one."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end the model's turn."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``, control tokens left out."""
+        ...
 
 
 @dataclass(frozen=True)

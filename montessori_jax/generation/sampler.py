@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from montessori_jax.config import SamplingConfig
-from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.packing import shared_buckets
 from montessori_jax.dtypes import compute_dtype
 from montessori_jax.errors import UserError
-from montessori_jax.generation.endings import Ending, find_ending
+from montessori_jax.generation.endings import Ending, Turns, find_ending
 from montessori_jax.generation.generator import Completion, PromptRequest
 from montessori_jax.generation.slots import Written, enter, vacant, write
 from montessori_jax.models import Model, Params
@@ -50,7 +49,7 @@ class JaxSampler:
 
     model: Model
     params: Params
-    chat: ChatFormat
+    chat: Turns
     refill: bool = True
     programs: set[tuple[object, ...]] = field(default_factory=set, compare=False, repr=False)
     _weights: dict[str, Params] = field(default_factory=dict, compare=False, repr=False)

@@ -110,7 +110,7 @@ class MeanLoss:
         """The mean loss of every packed candidate; 0 in places without one."""
         losses = self.losses(params, packed.batch)
         sums = sum_by_sample(losses, packed.batch, len(packed.numbers))
-        return sums.total / jnp.maximum(sums.count, 1.0)
+        return sums.total / jnp.maximum(sums.targets, 1.0)
 
 
 def unpacked(data: Batch) -> EncodedChat:

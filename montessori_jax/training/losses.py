@@ -88,14 +88,14 @@ def token_losses(
 
 
 class SampleSums(NamedTuple):
-    """Loss sums in nats and target counts, by sample."""
+    """Loss sums in nats and numbers of targets, by sample."""
 
     total: Float[Array, " samples"]
-    count: Float[Array, " samples"]  # type: ignore[assignment]  # hides tuple.count, unused
+    targets: Float[Array, " samples"]
 
 
 def sum_by_sample(losses: Float[Array, "rows slots"], batch: Batch, samples: int) -> SampleSums:
-    """Add up token losses by sample; ``samples`` is static. Means are ``total / count``."""
+    """Add up token losses by sample; ``samples`` is static. Means are ``total / targets``."""
 
     def add(values: Array) -> Array:
         return jax.ops.segment_sum(

@@ -143,12 +143,12 @@ def test_packed_losses_agree_with_transformers_sample_by_sample():
     sums = sum_by_sample(token_losses(model, params, batch), batch, len(CHATS))
     for index, chat in enumerate(CHATS):
         expected = torch_losses(theirs, chat)
-        assert sums.count[index] == len(expected)
+        assert sums.targets[index] == len(expected)
         np.testing.assert_allclose(sums.total[index], expected.sum().item(), rtol=1e-5)
         labels = torch.tensor(chat.tokens).long()[None].clone()
         labels[:, : chat.prompt_length] = -100
         own = theirs(torch.tensor(chat.tokens).long()[None], labels=labels).loss.item()
-        np.testing.assert_allclose(sums.total[index] / sums.count[index], own, rtol=1e-5)
+        np.testing.assert_allclose(sums.total[index] / sums.targets[index], own, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -170,7 +170,7 @@ def test_gradients_of_all_parameters_agree_with_torch(tied: bool, remat: str):
     def gradient(params: Params) -> Params:
         def loss(params: Params) -> jax.Array:
             sums = sum_by_sample(token_losses(model, params, batch, remat=remat), batch, len(CHATS))
-            return jnp.sum(sums.total / sums.count)
+            return jnp.sum(sums.total / sums.targets)
 
         return jax.grad(loss)(params)
 
@@ -239,7 +239,7 @@ def test_fillers_and_padding_count_for_nothing():
         sum_by_sample(token_losses(model, params, batch), batch, len(CHATS))
         for batch in (tight, loose)
     ]
-    np.testing.assert_array_equal(totals[0].count, totals[1].count)
+    np.testing.assert_array_equal(totals[0].targets, totals[1].targets)
     np.testing.assert_allclose(totals[0].total, totals[1].total, rtol=1e-5)
     assert totals[0].total.shape == (len(CHATS),)
 
@@ -252,4 +252,4 @@ def test_sums_by_sample_by_hand():
     losses = jnp.asarray([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
     sums = sum_by_sample(losses, batch, 4)
     np.testing.assert_array_equal(sums.total, [3.0, 12.0, 16.0, 0.0])
-    np.testing.assert_array_equal(sums.count, [2.0, 2.0, 1.0, 0.0])
+    np.testing.assert_array_equal(sums.targets, [2.0, 2.0, 1.0, 0.0])
