@@ -95,8 +95,10 @@ def _influence(parsed: argparse.Namespace, stop: Stop) -> None:
         out=out,
     )
     remove_tree(scratch)
+    cut = f", {result['cut']} cut at {settings.max_length} tokens" if result["cut"] else ""
     print(
-        f"{parsed.out}: {result['scored']} scored, {result['null']} not {result['reasons'] or ''}, "
+        f"{parsed.out}: {result['scored']} scored{cut}, "
+        f"{result['null']} not {result['reasons'] or ''}, "
         f"{result['positive_share']:.0%} positive{audit_line(result['audit'])}  "
         f"({report_cost(work)})"
     )

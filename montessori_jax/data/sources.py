@@ -16,7 +16,7 @@ from montessori_jax.errors import UserError
 
 Record = dict[str, Any] | str
 
-COLUMNS = ("id", "instruction", "input", "response", "output", "messages")
+COLUMNS = ("id", "prompt_id", "instruction", "input", "response", "output", "messages")
 SHIPPED = ("seeds", "reference", "heldout")
 KINDS = (
     "a .jsonl, .json or .parquet file, "

@@ -1,5 +1,6 @@
 """One direction made in advance, then a forward pass in forward mode scores a whole batch."""
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
@@ -312,10 +313,13 @@ def linearized(
         for batch, members in loss.together([candidates[i].data for i in usable]):
             values, slopes = jax.device_get(packed_slopes(loss, probe.params, trees, batch))
             for place, member in enumerate(members):
-                index = usable[member]
-                scores[index] = make(
-                    candidates[index], float(values[place]), [float(s[place]) for s in slopes]
-                )
+                one = candidates[usable[member]]
+                loss_of_one, *own = (float(part[place]) for part in (values, *slopes))
+                if len(members) > 1 and not all(map(math.isfinite, (loss_of_one, *own))):
+                    # Neighbours in a row have attention 0 to each other, and 0 x NaN is NaN.
+                    [scores[usable[member]]] = packed([one])
+                else:
+                    scores[usable[member]] = make(one, loss_of_one, own)
         return [scores[i] for i in range(len(candidates))]
 
     def stacked(members: Sequence[Candidate], data: Any, filled: np.ndarray) -> list[Score]:

@@ -44,7 +44,7 @@ class Score:
             through momentum and weight decay; ``influence - offset`` is the candidate's own part.
         method: the estimator's name.
         candidate_loss: the student's loss on the candidate before the step.
-        reason: why there is no influence.
+        reason: why there is no influence, or none on one of several reference sets.
         standard_error: of ``influence``, where the method samples.
         sets: with several reference sets, the numbers of `Measured` for each by name. The fields
             above are those of the first set.
@@ -60,6 +60,10 @@ class Score:
     reason: str | None = None
     standard_error: float | None = None
     sets: dict[str, dict[str, float | None]] | None = None
+
+    def on(self, name: str) -> float | None:
+        """The influence on one reference set, by its name; there may be one alone."""
+        return self.influence if self.sets is None else self.sets[name]["influence"]
 
     def as_row(self) -> dict[str, Any]:
         """The score as one JSON-able row; ``Score(**row)`` is the score again."""
@@ -83,21 +87,20 @@ def measured_score(
     reason = None
     if not math.isfinite(candidate_loss):
         reason = f"the loss on the candidate is {candidate_loss}"
-    elif not math.isfinite(first.influence):
-        reason = f"the step on the candidate gives an influence of {first.influence}"
+    own = _as_far_as_finite(first, reason)
     sets = None
     if len(measured) > 1:
         sets = {name: _as_far_as_finite(one, reason) for name, one in measured.items()}
+    for name, one in measured.items():
+        if reason is None and not math.isfinite(one.influence):
+            where = "" if one is first else f" on {name}"
+            reason = f"the step on the candidate gives an influence of {one.influence}{where}"
     return Score(
         id=candidate.id,
-        influence=None if reason else first.influence,
-        loss_before=first.loss_before,
-        loss_after=None if reason else first.loss_after,
-        offset=first.offset,
+        **own,
         method=method,
         candidate_loss=candidate_loss if math.isfinite(candidate_loss) else None,
         reason=reason,
-        standard_error=None if reason else first.standard_error,
         sets=sets,
     )
 
@@ -106,6 +109,8 @@ def _as_far_as_finite(one: Measured, reason: str | None) -> dict[str, float | No
     values = one._asdict()
     if reason or not math.isfinite(one.influence):
         values |= {"influence": None, "loss_after": None, "standard_error": None}
+    if one.standard_error is not None and not math.isfinite(one.standard_error):
+        values["standard_error"] = None
     return values
 
 

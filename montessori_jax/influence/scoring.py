@@ -1,6 +1,7 @@
 """Candidates scored on a student as settings say: what the stage and the command line call."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -12,6 +13,7 @@ import optax
 
 from montessori_jax.config import InfluenceConfig
 from montessori_jax.data.chat import EncodedChat
+from montessori_jax.errors import UserError
 from montessori_jax.influence.audit import (
     FEWEST,
     Choice,
@@ -115,15 +117,15 @@ def score_candidates(
 
     Returns:
         The scores made in this call, in order. A candidate that cannot be measured has influence
-        None and a reason.
+        None and a reason. `Score.method` is `label`'s.
 
     Raises:
-        UserError: no reference sample has response tokens, a reference loss is not finite, or the
-            backend has no products of the precision asked for.
+        UserError: an id is given twice, no reference sample has response tokens, a reference loss
+            is not finite, or the backend has no products of the precision asked for.
     """
     student = Student(model, params, opt_state, tx)
     settings = resolved(settings)
-    names = [str(index) for index in range(len(chats))] if ids is None else ids
+    names = names_of(ids, len(chats))
     if choice is None and settings.method == "auto":
         choice = choose_estimator(
             *student, chats, reference_chats, settings, ids=names, groups=groups, seed=seed
@@ -139,7 +141,7 @@ def score_candidates(
     for number, places in enumerate(chunks(range(len(candidates)), settings.chunk)):
         if number in finished:
             continue
-        made = list(score(places))
+        made = [replace(one, method=label(settings)) for one in score(places)]
         scores += made
         if on_chunk is not None:
             on_chunk(number, made)
@@ -189,7 +191,7 @@ def choose_estimator(
     """
     student = Student(model, params, opt_state, tx)
     settings = resolved(settings)
-    names = [str(index) for index in range(len(chats))] if ids is None else ids
+    names = names_of(ids, len(chats))
     candidates = candidates_of(chats, names, settings)
     usable = [place for place, one in enumerate(candidates) if one.data is not None]
     automatic = settings.method == "auto"
@@ -235,6 +237,24 @@ def choose_estimator(
         on_failure="fallback" if automatic else settings.on_audit_failure,
         seed=seed,
     )
+
+
+def names_of(ids: Sequence[str] | None, count: int) -> Sequence[str]:
+    """The candidates' ids, or their numbers; `UserError` where two are the same."""
+    if ids is None:
+        return [str(index) for index in range(count)]
+    if len(set(ids)) < len(ids):
+        twice = next(one for one, times in Counter(ids).items() if times > 1)
+        raise UserError(f"two candidates have the id {twice!r}: scores are told apart by it")
+    return ids
+
+
+def label(settings: InfluenceConfig) -> str:
+    """What scores are called: the method, and what of its numerics is not as it should be."""
+    if settings.preset == "original":
+        return f"{settings.method} (preset original, {settings.precision})"
+    plain = settings.precision == "float32"
+    return settings.method if plain else f"{settings.method} ({settings.precision})"
 
 
 def with_method(settings: InfluenceConfig, method: str) -> InfluenceConfig:

@@ -102,6 +102,7 @@ def influence(
             for name, known in references.items()
         },
         "settings": as_dict(settings),
+        "seed": work.seed,
     }
     journal = Journal(work.file("chunks.jsonl"), key)
     choice, audits = _choose(probe, rows, chats, references, settings, journal, work)
@@ -116,6 +117,7 @@ def influence(
         write_scores(out, table)
     return {
         **_counts(table, candidates),
+        "cut": sum(chat.prompt_length < settings.max_length < len(chat.tokens) for chat in chats),
         "references": sum(len(known.chats) for known in references.values()),
         "method": settings.method,
         "learning_rate": probe.learning_rate,
