@@ -23,7 +23,7 @@ from tests.influence.students import chats
 
 REFERENCES = chats(11, 51)
 ROWS = chats(5, 52)
-PLAIN = InfluenceConfig(method="exact", chunk=4, block=1, max_length=48, audit=0)
+PLAIN = InfluenceConfig(method="exact", chunk=4, block=1, max_length=48, audit=0, attention="xla")
 ORIGINAL = replace(PLAIN, preset="original")
 
 
