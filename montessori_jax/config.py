@@ -207,10 +207,8 @@ class InfluenceConfig:
     learning_rate: float | None = setting(
         None, "the probe step's rate; by default the warm-up's at its end", gt=0
     )
-    expansion_point: Literal["zero_gradient", "mean_update", "params"] | None = setting(
-        None,
-        "where the reference gradient is taken; by default zero_gradient, for linearized "
-        "mean_update",
+    expansion_point: Literal["zero_gradient", "mean_update", "params"] = setting(
+        "zero_gradient", "where the reference gradient is taken"
     )
     sensitivity: Literal["secant", "tangent"] = setting(
         "secant", "linearized: the optimizer as a line fitted on pilots, or its slope at zero"

@@ -246,13 +246,7 @@ def control_variate(
     trial = probe.pilots(REFINE_PILOTS)
     rough, fine = in_blocks(first)(trial), in_blocks(correct)(trial)
     for name in around.sets:
-        pairs = [
-            (_influence(a, name), _influence(b, name)) for a, b in zip(rough, fine, strict=True)
-        ]
+        pairs = [(a.on(name), b.on(name)) for a, b in zip(rough, fine, strict=True)]
         shifts = [b - a for a, b in pairs if a is not None and b is not None]
         errors[name] = float(np.sqrt(np.mean(np.square(shifts)))) if shifts else math.inf
     return in_blocks(refined)
-
-
-def _influence(score: Score, name: str) -> float | None:
-    return score.influence if score.sets is None else score.sets[name]["influence"]

@@ -39,7 +39,7 @@ def costs(
     forward = 2 * parameters * reference_tokens
     start = 2 * forward + 3 * forward
     return {
-        "linearized": Cost(start + forward + pilots * probe, probe * 2 / 3),
+        "linearized": Cost(start + pilots * probe * 8 / 3, probe * 2 / 3),
         "first_order": Cost(start, probe),
         "control_variate": Cost(start, probe + 3 * part * forward),
         "exact": Cost(2 * forward, probe + forward),

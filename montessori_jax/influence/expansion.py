@@ -65,11 +65,7 @@ class Expansion:
 
 
 def expand(
-    probe: Probe,
-    point: ExpansionPoint = "zero_gradient",
-    *,
-    pilots: int = PILOTS,
-    shared: Params | None = None,
+    probe: Probe, point: ExpansionPoint = "zero_gradient", *, pilots: int = PILOTS
 ) -> Expansion:
     """Measure the reference sets at ``theta`` and at the centre, and take gradients there.
 
@@ -82,14 +78,12 @@ def expand(
         probe: the student, its optimizer and the reference sets.
         point: the centre.
         pilots: how many candidates of the pool ``mean_update`` averages.
-        shared: the mean update, where it is known already.
 
     Raises:
         UserError: a reference loss is not finite, or there is no pilot.
     """
     params = probe.params
-    if point == "mean_update" and shared is None:
-        shared = mean_update(probe, pilots)
+    shared = mean_update(probe, pilots) if point == "mean_update" else None
     still = None if point == "params" else _zero_gradient_step(probe.tx, params, probe.opt_state)
     centre = still if shared is None else _moved(params, shared)
     sets = {}

@@ -87,7 +87,11 @@ def first_order(
     Raises:
         UserError: a reference loss is not finite, or ``mean_update`` has no pilot.
     """
-    around = expand(probe, expansion_point, pilots=pilots)
+    return first_order_around(probe, expand(probe, expansion_point, pilots=pilots))
+
+
+def first_order_around(probe: Probe, around: Expansion) -> Scorer:
+    """The scorer of `first_order` where the reference is expanded already."""
     return partial(
         score_in_blocks,
         score=partial(score_to_first_order, probe, around),

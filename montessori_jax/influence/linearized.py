@@ -21,7 +21,9 @@ from montessori_jax.influence.expansion import (
     expand,
     total,
 )
+from montessori_jax.influence.first_order import first_order_around
 from montessori_jax.influence.probe import Probe
+from montessori_jax.influence.response import FEWEST, Response, fit_response
 from montessori_jax.influence.scores import (
     Candidate,
     Measured,
@@ -40,8 +42,8 @@ from montessori_jax.influence.step import (
 from montessori_jax.pytrees import as_argument
 
 Sensitivity = Literal["secant", "tangent"]
-# The prior slope counts as much as this share of one pilot with a gradient of usual size.
-PRIOR = 0.1
+# The secant runs between this many times a leaf's usual gradient, on both sides of zero.
+REACH = 2.0
 
 
 @runtime_checkable
@@ -55,79 +57,54 @@ class Batched(Protocol):
         """The loss of every sample of a batch; trailing ones may be fillers."""
 
 
-class Line(NamedTuple):
-    """Sums over pilots for the least-squares line of ``Delta_j`` in ``g_j``, for each weight."""
+class PilotSums(NamedTuple):
+    """Over pilots, for each weight: ``sum g_j^2`` and ``sum g_j (Delta_j - Delta_0_j)``."""
 
     pilots: Float[Array, ""]
-    mean_gradient: Params
-    mean_update: Params
     gradient_square: Params
     product: Params
 
 
-@partial(
-    jax.jit,
-    static_argnames=("tx", "gradient_scale", "through_centre"),
-    donate_argnames=("line",),
-)
+@partial(jax.jit, static_argnames=("tx", "gradient_scale"), donate_argnames=("sums",))
 def add_pilot(
     candidate_loss: CandidateLoss,
     tx: optax.GradientTransformation,
     params: Params,
     opt_state: optax.OptState,
-    line: Line,
+    sums: PilotSums,
     data: Any,
     gradient_scale: float,
-    through_centre: bool,
-) -> Line:
-    """Add one pilot: running means and centred products (Welford 1962), stable in float32.
-
-    With ``through_centre`` the means stay as they are: the line goes through the centre's point.
-    A pilot that is not finite is left out.
-    """
+) -> PilotSums:
+    """Add one pilot; one that is not finite is left out."""
     _, gradient = scaled_gradient(candidate_loss, params, data, gradient_scale)
     updates = apply_optimizer(tx, gradient, opt_state, params)
-    fine = all_finite(gradient) & all_finite(updates)
-    count = line.pilots + 1
-
-    def towards(mean: Array, value: Array) -> Array:
-        return mean if through_centre else mean + (value - mean) / count.astype(mean.dtype)
-
-    gradient_mean = jax.tree.map(towards, line.mean_gradient, gradient)
-    update_mean = jax.tree.map(towards, line.mean_update, updates)
-
-    def add(total: Array, g: Array, old: Array, value: Array, mean: Array) -> Array:
-        return total + (g - old) * (value - mean)
-
-    new = Line(
-        count,
-        gradient_mean,
-        update_mean,
-        jax.tree.map(
-            add, line.gradient_square, gradient, line.mean_gradient, gradient, gradient_mean
-        ),
-        jax.tree.map(add, line.product, gradient, line.mean_gradient, updates, update_mean),
+    own = jax.tree.map(jnp.subtract, updates, zero_gradient_update(tx, params, opt_state))
+    new = PilotSums(
+        sums.pilots + 1,
+        jax.tree.map(lambda total, g: total + g * g, sums.gradient_square, gradient),
+        jax.tree.map(lambda total, g, u: total + g * u, sums.product, gradient, own),
     )
-    return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, line)
+    fine = all_finite(gradient) & all_finite(updates)
+    return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, sums)
 
 
 @partial(jax.jit, static_argnames=("tx",))
 def secant_slope(
-    tx: optax.GradientTransformation, params: Params, opt_state: optax.OptState, line: Line
+    tx: optax.GradientTransformation, params: Params, opt_state: optax.OptState, sums: PilotSums
 ) -> Params:
-    """``b_j``: the least-squares slope, with a little weight on a prior slope.
+    """``b_j``: the optimizer's own secant, with one factor a leaf fitted on the pilots.
 
-    The prior is the optimizer's own secant between ``+h`` and ``-h``, with ``h`` the pilots' usual
-    gradient in that leaf: what counts for weights that no pilot moves (rows of the embedding).
+    The secant runs from ``-h`` to ``h`` with ``h`` twice the pilots' usual gradient in the leaf,
+    and so holds what the moments say of every weight, seen by a pilot or not. A line fitted weight
+    by weight on as many pilots follows the few large gradients among them.
     """
 
     def usual(square: Array) -> Array:
-        moved = square > 0
-        share = jnp.maximum(jnp.sum(moved), 1).astype(square.dtype)
-        size = jnp.sum(square) / share / jnp.maximum(line.pilots, 1).astype(square.dtype)
-        return jnp.sqrt(jnp.maximum(size, jnp.finfo(square.dtype).tiny))
+        moved = jnp.maximum(jnp.sum(square > 0), 1).astype(square.dtype)
+        size = jnp.sum(square) / moved / jnp.maximum(sums.pilots, 1).astype(square.dtype)
+        return REACH * jnp.sqrt(jnp.maximum(size, jnp.finfo(square.dtype).tiny))
 
-    sizes = jax.tree.map(usual, line.gradient_square)
+    sizes = jax.tree.map(usual, sums.gradient_square)
 
     def probe(sign: int) -> Params:
         gradient = jax.tree.map(
@@ -136,11 +113,15 @@ def secant_slope(
         return apply_optimizer(tx, gradient, opt_state, params)
 
     def slope(square: Array, product: Array, high: Array, low: Array, h: Array) -> Array:
-        weight = jnp.asarray(PRIOR, square.dtype) * h * h
-        prior = (high - low) / (2 * h)
-        return (product + weight * prior) / (square + weight)
+        secant = (high - low) / (2 * h)
+        # Two large factors apart from each other: their product may leave float32's range.
+        scale = jnp.max(jnp.abs(secant))
+        unit = secant / jnp.where(scale > 0, scale, 1)
+        most = jnp.sum(unit * unit * square)
+        factor = jnp.sum(unit * product) / jnp.where(most > 0, most, 1)
+        return jnp.where(most > 0, factor * unit, secant)
 
-    return jax.tree.map(slope, line.gradient_square, line.product, probe(1), probe(-1), sizes)
+    return jax.tree.map(slope, sums.gradient_square, sums.product, probe(1), probe(-1), sizes)
 
 
 @partial(jax.jit, static_argnames=("tx",))
@@ -204,50 +185,47 @@ def stacked_slopes(
     return map_blocks(one, data, filled)
 
 
-def fit_line(probe: Probe, pilots: int, through_centre: bool) -> Line:
-    """`Line` over the pilots: through the zero-gradient step's point, or through their means."""
-    params = probe.params
-    zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(4)]
-    if through_centre:
-        zeros[1] = zero_gradient_update(probe.tx, params, probe.opt_state)
-    line = Line(jnp.zeros(()), *zeros)
-    for one in probe.pilots(pilots):
-        line = add_pilot(
+def sum_pilots(probe: Probe, pilots: Sequence[Candidate]) -> PilotSums:
+    """`PilotSums` of these candidates."""
+    zeros = [jax.tree.map(jnp.zeros_like, probe.params) for _ in range(2)]
+    sums = PilotSums(jnp.zeros(()), *zeros)
+    for one in pilots:
+        sums = add_pilot(
             as_argument(probe.candidate_loss),
             probe.tx,
-            params,
+            probe.params,
             probe.opt_state,
-            line,
+            sums,
             one.data,
             probe.gradient_scale,
-            through_centre,
         )
-    return line
+    return sums
 
 
 def linearized(
     probe: Probe,
     *,
     sensitivity: Sensitivity = "secant",
-    expansion_point: ExpansionPoint = "mean_update",
+    expansion_point: ExpansionPoint = "zero_gradient",
     pilots: int = PILOTS,
 ) -> Scorer:
-    """A scorer of ``[L_ref(theta) - L_ref(theta_c)] - d . (grad loss(z) - g_c)``.
+    """A scorer of ``L_ref(theta) - L_ref(theta_c) - G_ref(theta_c) . (Delta_0 + b * g - Delta_c)``.
 
-    The optimizer is made linear, weight by weight: ``Delta_j(g) = Delta_c_j + b_j (g_j - g_c_j)``.
-    So ``G_ref(theta_c) . (Delta - Delta_c) = d . (g - g_c)`` with one direction
-    ``d = b * G_ref(theta_c)``, and ``d . g`` of every candidate of a packed batch is one forward
-    pass in forward mode (`jax.jvp` of the samples' losses along ``d``): no gradient of a candidate
-    exists. About ``4NT`` a candidate in batches of any number, with the activations of a forward
-    pass and ``2N`` memory; once, the reference gradient and a gradient for each pilot.
+    The optimizer is made linear, weight by weight: ``Delta_j(g) = Delta_0_j + b_j g_j`` with
+    ``Delta_0`` the zero-gradient step. So `first_order`'s product has one direction for all
+    candidates, ``d = b * G_ref(theta_c)``, and ``d . g`` of every candidate of a packed batch is
+    one forward pass in forward mode (`jax.jvp` of the samples' losses along ``d``): no gradient of
+    a candidate exists. About ``4NT`` a candidate in batches of any number, with the activations of
+    a forward pass and ``2N`` memory; once, the reference gradient and two gradients a pilot.
 
-    - ``secant``: ``b`` is fitted by least squares on the pilots' actual gradients and updates:
-      through their means (``mean_update``), or through the zero-gradient step. Works for
-      any optax transformation that acts weight by weight; SGD's ``b`` is ``-lr`` to rounding, and
-      the score is that of `first_order`.
-    - ``tangent`` (around the zero-gradient step, never the mean update): ``b = d Delta / d g`` at
-      ``g = 0``; for AdamW ``-lr (1 - b1) / (1 - b1^t) / (sqrt(v_hat) + eps)``. No pilots, but far
-      too steep where the second moment is near zero.
+    - ``secant``: ``b`` is the optimizer's secant over the pilots' usual gradients, scaled leaf by
+      leaf to their actual updates (`secant_slope`); then the scores follow the curve by which the
+      pilots' first-order scores answer to their linear ones (`Response`; from 8 pilots on). Works
+      for any optax transformation that acts weight by weight; SGD's ``b`` is ``-lr`` to rounding,
+      and the score is that of `first_order`.
+    - ``tangent``: ``b = d Delta / d g`` at ``g = 0``; for AdamW
+      ``-lr (1 - b1) / (1 - b1^t) / (sqrt(v_hat) + eps)``. No pilots, but far too steep where the
+      second moment is near zero.
 
     Clipping by global norm is no function of one weight: the secant holds its mean effect on the
     pilots, so long and short candidates are off by the ratio of their factors, and the tangent
@@ -258,21 +236,16 @@ def linearized(
         sensitivity: how the optimizer is made linear.
         expansion_point: the centre (`first_order`); ``params`` uses ``-G . Delta_0`` for the
             shared step.
-        pilots: how many candidates of the pool the secant is fitted on.
+        pilots: how many candidates of the pool the secant and the curve are fitted on.
 
     Raises:
         UserError: a reference loss is not finite, there is no pilot, or the sensitivity is not
             finite.
     """
-    if sensitivity == "tangent" and expansion_point == "mean_update":
-        expansion_point = "zero_gradient"
     tx, params, state = probe.tx, probe.params, probe.opt_state
-    scale = jnp.asarray(probe.gradient_scale)
-    centred = expansion_point == "mean_update"
-    line = None
-    if sensitivity == "secant":
-        line = fit_line(probe, pilots, through_centre=not centred)
-        slope = secant_slope(tx, params, state, line)
+    chosen = probe.pilots(pilots) if sensitivity == "secant" else []
+    if chosen:
+        slope = secant_slope(tx, params, state, sum_pilots(probe, chosen))
     else:
         slope = tangent_slope(tx, params, state)
     if not bool(all_finite(slope)):
@@ -280,24 +253,27 @@ def linearized(
             "the optimizer's sensitivity is not finite: its second moments may be zero; use the "
             "secant, or warm the student up"
         )
-    shared = line.mean_update if line is not None and centred else None
-    around = expand(probe, expansion_point, pilots=pilots, shared=shared)
-    slope = _scaled(slope, scale)
+    around = expand(probe, expansion_point, pilots=pilots)
+    slope = _scaled(slope, jnp.asarray(probe.gradient_scale))
     trees = tuple(_times(slope, gradient) for gradient in around.gradients)
-    at_params = around.point == "params"
-    bases = [one.offset if at_params else one.base for one in around.sets.values()]
-    if line is not None and centred:
-        # The line goes through the pilots' mean gradient, not through zero.
-        means = _scaled(line.mean_gradient, 1 / scale)
-        shifts = [total(jax.device_get(_dots(tree, means))) for tree in trees]
-        bases = [base + shift for base, shift in zip(bases, shifts, strict=True)]
-    constants = tuple(bases)
+    constants = []
+    for known in around.sets.values():
+        constant = known.offset if around.point == "params" else known.base
+        if around.shared is not None:
+            still = zero_gradient_update(tx, params, state)
+            beyond = jax.tree.map(jnp.subtract, around.shared, still)
+            constant += total(jax.device_get(_dots(known.gradient, beyond)))
+        constants.append(constant)
     facts = {name: (known.loss_before, known.offset) for name, known in around.sets.items()}
-    del around, slope, line, shared  # only the directions are needed from here on
+    responses = dict.fromkeys(facts, Response())
 
     def make(one: Candidate, loss: float, slopes: Sequence[float]) -> Score:
         sets = {
-            name: Measured(influence=constant - slope, loss_before=before, offset=offset)
+            name: Measured(
+                influence=offset + responses[name](constant - slope - offset),
+                loss_before=before,
+                offset=offset,
+            )
             for (name, (before, offset)), constant, slope in zip(
                 facts.items(), constants, slopes, strict=True
             )
@@ -332,8 +308,19 @@ def linearized(
             for one, at in zip(members, places, strict=True)
         ]
 
-    if isinstance(probe.candidate_loss, Batched):
-        return packed
-    return partial(
-        score_in_blocks, score=stacked, block=probe.block, blocks=probe.blocks, method="linearized"
-    )
+    scorer: Scorer = packed
+    if not isinstance(probe.candidate_loss, Batched):
+        scorer = partial(
+            score_in_blocks,
+            score=stacked,
+            block=probe.block,
+            blocks=probe.blocks,
+            method="linearized",
+        )
+    if len(chosen) >= FEWEST:
+        linear, true = scorer(chosen), first_order_around(probe, around)(chosen)
+        for name, (_, offset) in facts.items():
+            x, y = (np.array([one.on(name) for one in rows], float) for rows in (linear, true))
+            responses[name] = fit_response(x - offset, y - offset)
+    del around, slope  # only the directions are needed from here on
+    return scorer

@@ -331,9 +331,7 @@ def estimator(probe: Probe, settings: InfluenceConfig, seed: int = 0) -> Scorer:
     """The scorer of ``settings.method`` with the settings that it takes."""
     given: dict[str, Any] = {}
     if settings.method in ("first_order", "control_variate", "linearized", "second_order"):
-        given["pilots"] = settings.pilots
-        if settings.expansion_point is not None:
-            given["expansion_point"] = settings.expansion_point
+        given |= {"pilots": settings.pilots, "expansion_point": settings.expansion_point}
     if settings.method == "control_variate":
         given |= {"fraction": settings.control_fraction, "refine": settings.refine}
         given |= {"z": settings.refine_z, "seed": seed}

@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from montessori_jax.errors import UserError
-from montessori_jax.influence import MeanLoss, TokenLosses, chat_candidate
-from montessori_jax.influence.linearized import packed_slopes, tangent_slope
+from montessori_jax.influence import Candidate, MeanLoss, Probe, TokenLosses, chat_candidate
+from montessori_jax.influence.linearized import (
+    packed_slopes,
+    secant_slope,
+    sum_pilots,
+    tangent_slope,
+)
 from tests.influence.problems import curved
 from tests.influence.students import MODEL, chats, student
 
@@ -79,6 +84,55 @@ def test_secant_beats_tangent_where_the_second_moment_is_small():
             found = problem.influences("linearized", sensitivity=name)
             errors[name] = np.sqrt(np.mean((found - truth) ** 2)) / truth.std()
     assert errors["secant"] < 0.5 * errors["tangent"]
+
+
+def test_the_secant_is_that_of_torchs_steps_scaled_to_the_pilots():
+    # One weight a leaf: the fitted factor turns the secant into the pilots' own least-squares line.
+    rate, moments = 1e-2, (0.3, 0.02)
+
+    def torch_update(gradient):
+        weight = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.AdamW([weight], lr=rate, weight_decay=0.0)
+        first, second = (torch.tensor([moment], dtype=torch.float64) for moment in moments)
+        state = {"step": torch.tensor(50.0), "exp_avg": first, "exp_avg_sq": second}
+        optimizer.state[weight] = state
+        weight.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+        return weight.item()
+
+    gradients = [0.5, -1.0, 4.0]
+    own = [torch_update(g) - torch_update(0.0) for g in gradients]
+    line = np.dot(gradients, own) / np.dot(gradients, gradients)
+    reach = 2 * np.sqrt(np.mean(np.square(gradients)))
+    secant = (torch_update(reach) - torch_update(-reach)) / (2 * reach)
+    with jax.enable_x64(True):
+        params = {"seen": jnp.zeros(1), "two": jnp.zeros(2), "unseen": jnp.zeros(2)}
+        tx = optax.adamw(rate, weight_decay=0.0)
+        adam, *rest = tx.init(params)
+        mu, nu = (jax.tree.map(lambda leaf, m=m: leaf + m, params) for m in moments)
+        state = (adam._replace(count=jnp.int32(50), mu=mu, nu=nu), *rest)
+        probe = Probe(lambda p, x: p["seen"][0] * x + p["two"][0] * x, params, state, tx, {})
+        pilots = [Candidate(str(g), jnp.float64(g)) for g in gradients]
+        slope = secant_slope(tx, params, state, sum_pilots(probe, pilots))
+    np.testing.assert_allclose(slope["seen"], [line], rtol=1e-9)
+    # The leaf's factor serves the weight that no pilot moved, too.
+    np.testing.assert_allclose(slope["two"], [line, line], rtol=1e-9)
+    assert abs(line / secant - 1) > 0.01
+    assert np.isfinite(np.array(slope["unseen"])).all()
+
+
+def test_the_curve_mends_what_saturation_hides():
+    # From eight pilots on, scores follow the curve by which first order answers to the line.
+    with jax.enable_x64(True):
+        problem = curved(optax.adam(1e-3), count=24, moments=True)
+        adam = problem.opt_state[0]
+        small = adam._replace(nu=jax.tree.map(lambda leaf: leaf * 0.1, adam.nu))
+        problem = problem._replace(opt_state=(small, *problem.opt_state[1:]))
+        truth = problem.influences("first_order")
+        bent = problem.influences("linearized", pilots=24)
+        straight = problem.influences("linearized", pilots=7)
+    assert np.std(bent - truth) < 0.75 * np.std(straight - truth)
+    assert abs(np.mean(bent - truth)) < 1e-3 * np.std(truth)
 
 
 def test_a_tangent_that_blows_up_is_refused():
