@@ -1,6 +1,7 @@
 """Strict JAX for every test, eight CPU devices, and the fixtures that find real inputs."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
@@ -14,10 +15,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import jax
 import pytest
 
+from montessori_jax.host_memory import return_freed_memory
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leave_no_programs() -> Iterator[None]:
+    """Forget what a module compiled: the next one hardly uses it, and a process keeps it all.
+
+    Over the first 25 modules of tests/influence and tests/training a process grew to 3.6 GB in
+    523 s of processor time; with the caches cleared after each, to 1.7 GB in 507 s. Giving freed
+    memory back takes 0.15 s: of 414 MB after a small module 338 remain.
+    """
+    yield
+    jax.clear_caches()
+    return_freed_memory()
 
 
 @pytest.fixture(scope="session")
