@@ -155,6 +155,8 @@ def _audit(audit: dict[str, Any]) -> str:
     parts = [f"{found['count']} scores"]
     if found["spearman"] is not None:
         parts.append(f"Spearman {found['spearman']:.3f}")
+    if found["pairs"] and found["pairs"]["jaccard"] is not None:
+        parts.append(f"pairs {found['pairs']['jaccard']:.2f}")
     if error is not None:
         parts.append(f"normalised error {error['total']:.3f}")
     return ", ".join(parts)
