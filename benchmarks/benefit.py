@@ -285,13 +285,11 @@ def main() -> None:
 
     noises = [float(one) for one in parsed.noise.split(",")]
     conditions = [(noise, rates[0]) for noise in noises] + [(0.0, rate) for rate in rates[1:]]
-    found: dict[tuple[float, float], list[Trainings]] = {one: [] for one in conditions}
-    for seed in range(parsed.seeds):
-        for noise, rate in conditions:
-            found[noise, rate].append(study(student, plan, Case(noise, rate, seed), row))
     results = []
     for noise, rate in conditions:
-        results.append({"noise": noise, "rate": rate, **summary(found[noise, rate])})
+        cases = [Case(noise, rate, seed) for seed in range(parsed.seeds)]
+        seeds = [study(student, plan, case, row) for case in cases]
+        results.append({"noise": noise, "rate": rate, **summary(seeds)})
         print(f"\nnoise {noise:g}, rate {rate:g}: thousandths of a nat, {parsed.seeds} seeds")
         print("\n".join(table(results[-1])))
     if not parsed.small:
