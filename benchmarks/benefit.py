@@ -247,7 +247,9 @@ def study(student: Student, plan: Plan, case: Case, row: Callable[..., Any]) -> 
     # Ties, of rows cut at one length, are broken by chance.
     ties = np.random.default_rng(derive_seed(case.seed, "ties")).permutation(plan.pool)
     for name in SELECTORS:
-        known = np.nan_to_num(np.array(values[name], float), nan=-np.inf)
+        known = np.array(values[name], float)
+        if not np.isfinite(known).all():
+            raise SystemExit(f"{name} has no score for some rows of the pool")
         order = np.lexsort((ties, -known))
         for part, places in (("top", order[: plan.chosen]), ("bottom", order[-plan.chosen :])):
             found[f"{name}/{part}"] = [made(f"{name}/{part}", np.sort(places))]
@@ -262,7 +264,9 @@ def main() -> None:
     parser.add_argument("--rows", required=True, help="instruction rows, 500 or more")
     parser.add_argument("--student", default="tiny", help="tiny, or a model's name")
     parser.add_argument("--noise", default="0", help="shares of swapped responses, by commas")
-    parser.add_argument("--rates", help="rates of probe and training; after the first, no noise")
+    parser.add_argument(
+        "--rates", help="rates of probe and training, by commas; noise at the first alone"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folder", default="runs/benefit", type=Path)
     parser.add_argument("--small", action="store_true", help="a few rows and steps: to try it out")

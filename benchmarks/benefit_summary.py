@@ -73,7 +73,10 @@ def table(found: dict[str, Any]) -> Iterator[str]:
         mean, low, high = ("" if v is None else f"{1000 * v:+.1f}" for v in one.values())
         return f"{mean} [{low}, {high}]" if low else mean
 
-    yield "| trained on | gain | minus random | reference: same | as exact | tokens | swapped |"
+    yield (
+        "| trained on | gain, held out | minus random, held out | minus random, reference "
+        "| shared with exact | tokens | swapped |"
+    )
     yield "|---|---|---|---|---|---|---|"
     for name, one in found["trained_on"].items():
         cells = [name, show(one["gain"]["heldout"]), "", "", ""]

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.fidelity_summary import compare, table
 from benchmarks.record import write_result
 from montessori_jax.data.chat import EncodedChat
 from montessori_jax.data.packing import pack
@@ -43,7 +44,6 @@ from montessori_jax.influence import (
     MeanLoss,
     Probe,
     TokenLosses,
-    agreement,
     chat_reference,
 )
 from montessori_jax.models import Model, ModelConfig
@@ -301,46 +301,9 @@ def measure(
     }
 
 
-def compare(truth: dict[str, Any], found: dict[str, Any], prompts: list[int]) -> dict[str, Any]:
-    """The metrics of one row: by the paper's rule, and relative to the shared step."""
-    x, y = np.array(truth["influence"]), np.array(found["influence"], float)
-    metrics = agreement(x, y, prompts).as_row()
-    relative = agreement(x - truth["offset"], y - (found["offset"] or 0.0), prompts)
-    errors = found["standard_error"]
-    if errors[0] is not None:
-        inside = np.abs(y - x) < np.array(errors)
-        metrics["within_one_standard_error"] = float(inside.mean())
-    return {
-        **metrics,
-        "relative_pairs": relative.as_row()["pairs"],
-        "seconds_compiling_included": found["seconds_compiling_included"],
-    }
-
-
-def show(number: float | None) -> str:
-    return "" if number is None else f"{number:.4f}"
-
-
-def table(regime: str, results: dict[str, Any]) -> str:
-    lines = [
-        f"\n{regime}",
-        "| estimator | precision | Spearman | pairs | pairs, relative | error | centred error |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in results["rows"]:
-        found = row["metrics"]
-        error = found["error"] or {"total": None, "centred": None}
-        cells = [
-            row["estimator"],
-            row["precision"],
-            show(found["spearman"]),
-            show(found["pairs"]["jaccard"]),
-            show(found["relative_pairs"]["jaccard"]),
-            show(error["total"]),
-            show(error["centred"]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def summary(found: dict[str, Any], truth: dict[str, Any], prompts: list[int]) -> dict[str, Any]:
+    seconds = found["seconds_compiling_included"]
+    return {**compare(truth, found, prompts), "seconds_compiling_included": seconds}
 
 
 def main() -> None:
@@ -385,14 +348,18 @@ def main() -> None:
                 {
                     "estimator": name,
                     "precision": precision,
-                    "metrics": compare(truth, measured(name, method, precision, options), prompts),
+                    "metrics": summary(measured(name, method, precision, options), truth, prompts),
                 }
                 for name, method, precision, options in ROWS
                 if method in parsed.methods.split(",")
                 and not (regime.optimizer == "sgd" and method == "less")
             ],
         }
-        print(table(regime.name, results[regime.name]), flush=True)
+        lines = [
+            ((row["estimator"], row["precision"]), row["metrics"])
+            for row in results[regime.name]["rows"]
+        ]
+        print(f"\n{regime.name}\n{table(('estimator', 'precision'), lines)}", flush=True)
     _, _, losses = warmed_up(source, small)
     rows = data(source, small)
     about = {

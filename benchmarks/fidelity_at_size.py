@@ -29,13 +29,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
+from benchmarks.fidelity_summary import compare, table
 from benchmarks.record import write_result
 from montessori_jax.config import InfluenceConfig, SamplingConfig, WarmupConfig
 from montessori_jax.data.chat import ChatFormat, EncodedChat, fit
 from montessori_jax.data.rows import Row, read_rows
 from montessori_jax.generation.generator import PromptRequest
 from montessori_jax.generation.sampler import JaxSampler
-from montessori_jax.influence import agreement, score_candidates
+from montessori_jax.influence import score_candidates
 from montessori_jax.influence.scores import Score
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.models.sources import load_model
@@ -85,6 +86,7 @@ class Problem:
 
     params: Any
     opt_state: Any
+    rows: str
     candidates: list[EncodedChat]
     references: list[EncodedChat]
     losses: list[float]
@@ -103,6 +105,9 @@ def prepare(student: str, source: str, rate: float) -> Problem:
     prompts = rows[FIRST_PROMPT : FIRST_PROMPT + PROMPTS]
     written = respond(loaded, chat, prompts)
     pairs = [one for row, other in zip(prompts, written, strict=True) for one in (row, other)]
+    candidates = encoded(pairs)
+    if len(candidates) < len(pairs):
+        raise SystemExit(f"a prompt of {source} leaves no room for a response in {LONGEST} tokens")
     losses: list[float] = []
     state = train_sft(
         loaded.model,
@@ -119,7 +124,8 @@ def prepare(student: str, source: str, rate: float) -> Problem:
     return Problem(
         jax.device_get(state.params),
         jax.device_get(state.opt_state),
-        encoded(pairs),
+        Path(source).name,
+        candidates,
         encoded(rows[FIRST_REFERENCE : FIRST_REFERENCE + REFERENCES]),
         losses,
     )
@@ -183,47 +189,13 @@ def measure(
     return [row for number in sorted(done) for row in done[number]["scores"]]
 
 
-def compare(truth: list[dict[str, Any]], found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics of a cell on the candidates that it scored."""
-    truth = truth[: len(found)]
-    x, y = (np.array([row["influence"] for row in rows], float) for rows in (truth, found))
-    prompts = [i // 2 for i in range(len(found))]
-    shared = truth[0]["offset"], found[0]["offset"] or 0.0
-    rules = {
-        "relative": (x - shared[0], y - shared[1]),
-        "mean": (x - x.mean(), y - y.mean()),
-    }
-    errors = [row["standard_error"] for row in found]
-    metrics = agreement(x, y, prompts).as_row()
-    if None not in errors:
-        metrics["within_one_standard_error"] = float(np.mean(np.abs(y - x) < np.array(errors)))
-    pairs = {
-        f"{name}_pairs": agreement(*both, prompts).as_row()["pairs"] for name, both in rules.items()
-    }
+def columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Scores as `benchmarks.fidelity_summary` takes them."""
     return {
-        **metrics,
-        **pairs,
-        "mean_influence": float(y.mean()),
-        "influence": y.tolist(),
+        "influence": [row["influence"] for row in rows],
+        "standard_error": [row["standard_error"] for row in rows],
+        "offset": rows[0]["offset"],
     }
-
-
-def table(cells: dict[str, dict[str, Any]]) -> str:
-    lines = [
-        "| estimator | candidates | Spearman | pairs | relative | by mean | error | centred |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, found in cells.items():
-        error = found["error"] or {"total": None, "centred": None}
-        numbers = [
-            found["spearman"],
-            *(found[rule]["jaccard"] for rule in ("pairs", "relative_pairs", "mean_pairs")),
-            error["total"],
-            error["centred"],
-        ]
-        shown = ["" if number is None else f"{number:.3f}" for number in numbers]
-        lines.append(f"| {name} | {found['count']} | {' | '.join(shown)} |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -243,8 +215,11 @@ def main() -> None:
         half.write_bytes(pickle.dumps(problem, protocol=5))
         half.replace(kept)
     problem = pickle.loads(kept.read_bytes())
+    if problem.rows != Path(parsed.rows).name:
+        raise SystemExit(f"{parsed.folder} holds the study of {problem.rows}: give another folder")
     loaded = load_model(parsed.student)
     about = {
+        "rows": problem.rows,
         "student": parsed.student,
         "learning_rate": rate,
         "warmup": [WARMED, BATCH],
@@ -269,9 +244,15 @@ def main() -> None:
     label = parsed.student.rpartition(":")[2].replace("/", "-")
     for cell in CELLS:
         if cell.name in parsed.cells:
-            cells[cell.name] = compare(truth, measure(cell, loaded, problem, rate, journal))
+            found = columns(measure(cell, loaded, problem, rate, journal))
+            known = columns(truth[: cell.count])
+            cells[cell.name] = {
+                **compare(known, found, [i // 2 for i in range(cell.count)]),
+                "influence": found["influence"],
+            }
             write_result(f"fidelity-{label}", {**about, "cells": cells})
-    print(table(cells))
+    lines = [((name, str(found["count"])), found) for name, found in cells.items()]
+    print(table(("estimator", "candidates"), lines))
 
 
 if __name__ == "__main__":

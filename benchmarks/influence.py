@@ -107,12 +107,12 @@ def prepare(
         loaded = load_model(student)
         model, params, chat = loaded.model, loaded.params, ChatFormat.of(loaded)
         if source:
-            all_rows = read_rows(source).rows
+            all_rows = read_rows(source).require(REFERENCE_ROWS + references)
             sets = all_rows[:REFERENCE_ROWS], all_rows[REFERENCE_ROWS:]
         else:
             sets = read_rows("package:seeds").rows, read_rows("package:reference").rows
         rows, known = ([chat.encode(row.conversation()) for row in part] for part in sets)
-        known = known[:references]
+        known = [cut for row in known[:references] if (cut := fit(row, LONGEST))]
         del loaded
     rows = [kept for row in rows if (kept := fit(row, 256))]
     tx = make_optimizer(WARMUP, WARMUP_STEPS)
@@ -166,7 +166,14 @@ def run_ours(folder: Path, method: str, block: int) -> dict[str, Any]:
         params,
         state,
         probe_optimizer(WARMUP, WARMUP.learning_rate),
-        {"reference": reference_for(model, references, InfluenceConfig(method=method))},
+        {
+            "reference": reference_for(
+                model,
+                references,
+                # The public code's mean over batches of 8, so that scores can be compared.
+                InfluenceConfig(method=method, reference_reduction="batch8"),
+            )
+        },
         block=block,
         chunk=count,
         pool=items,
@@ -264,6 +271,7 @@ def run_variant(folder: Path, variant: str) -> dict[str, Any]:
         )
         work = found["flops_per_candidate"]
         found["gflops"] = round(work / found["seconds_per_candidate"] / 1e9, 1)
+        found["floor_seconds"] = round(work / found["peak_gflops"] / 1e9, 4)
         return found
     method, _, block = variant.partition(":")
     return run_ours(folder, method, int(block or 1))
@@ -299,11 +307,19 @@ def main() -> None:
             results[variant] = child(folder, variant)
             shown = {k: v for k, v in results[variant].items() if k != "influence"}
             print(f"{variant:16}", json.dumps(shown), flush=True)
+    if "original" in results:
+        first = results["original"]["influence"]
+        for row in results.values():
+            apart = np.abs(np.array(row["influence"][: len(first)]) - first) / np.abs(first)
+            row["apart_from_original"] = round(float(apart.max()), 5)
     for variant, row in results.items():
         if "original" in results and variant != "original":
             slow = results["original"]["seconds_per_candidate"]
             row["times_faster"] = round(slow / row["seconds_per_candidate"], 1)
-            print(f"{variant:16} {row['times_faster']:8.1f} x faster than original")
+            print(
+                f"{variant:16} {row['times_faster']:8.1f} x faster than original, scores "
+                f"{row['apart_from_original']:.2%} apart"
+            )
     label = parsed.student.rpartition(":")[2].replace("/", "-")
     print(write_result(f"influence-{label}", {**about, "variants": results}))
 

@@ -38,8 +38,12 @@ def original(
     def tensors(tree: Any) -> dict[str, torch.Tensor]:
         return {k: torch.from_numpy(v.copy()) for k, v in from_params(config, tree)}
 
+    if config.family != "llama":
+        raise SystemExit(f"the original procedure is written for Llama here, not {config.family}")
     model = LlamaForCausalLM(LlamaConfig(**to_hf_config(config)))
-    model.load_state_dict(tensors(params), strict=False)
+    loaded = model.load_state_dict(tensors(params), strict=False)
+    if loaded.unexpected_keys or set(loaded.missing_keys) - {"lm_head.weight"}:
+        raise SystemExit(f"the student does not fit transformers' Llama: {loaded}")
     adam = next(
         leaf
         for leaf in jax.tree.leaves(opt_state, is_leaf=is_adam)

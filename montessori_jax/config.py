@@ -211,9 +211,9 @@ class InfluenceConfig:
         "zero_gradient", "where the reference gradient is taken"
     )
     sensitivity: Literal["secant", "tangent"] = setting(
-        "secant", "linearized: the optimizer as a line fitted on pilots, or its slope at zero"
+        "secant", "linearized: the optimizer's secant, scaled to pilots, or its slope at zero"
     )
-    pilots: int = setting(32, "candidates that mean updates and secants are fitted on", ge=1)
+    pilots: int = setting(32, "candidates that mean_update and linearized are fitted on", ge=1)
     control_fraction: float = setting(
         0.125, "control_variate: the part of the reference that is measured", gt=0, le=1
     )

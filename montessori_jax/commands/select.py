@@ -97,10 +97,10 @@ def _select(parsed: argparse.Namespace, stop: Stop) -> None:
         spread=parsed.spread,
     )
     passed = [
-        f"{count} {what} passed over"
+        f"{what} passed over: {count}"
         for what, count in (
             ("near-duplicates", result["alike"]),
-            (f"beyond {parsed.per_group} of a {parsed.group_by}", result["crowded"]),
+            (f"rows above {parsed.per_group} of one {parsed.group_by}", result["crowded"]),
         )
         if count
     ]

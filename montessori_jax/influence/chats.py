@@ -163,6 +163,7 @@ def chat_reference(
     dtype: str = "float32",
     gradient_dtype: str = "float32",
     attention: str = "xla",
+    gradient_attention: str = "xla",
 ) -> Reference:
     """Chats packed once into ``[passes, rows, length]``, many to a row; the head sees responses.
 
@@ -175,7 +176,8 @@ def chat_reference(
         rows_per_pass: rows on the device at one time.
         dtype: compute dtype of the losses that are subtracted.
         gradient_dtype: compute dtype of the reference gradient.
-        attention: see `TokenLosses`.
+        attention: kernel of the losses, see `TokenLosses`.
+        gradient_attention: kernel of the gradient.
 
     Raises:
         UserError: no sample has response tokens, or one is longer than ``row_length``.
@@ -192,7 +194,7 @@ def chat_reference(
             "or leave it at 0, which chooses"
         )
     losses = TokenLosses(model, dtype, attention)
-    smooth = TokenLosses(model, gradient_dtype, attention) if gradient_dtype != dtype else None
+    smooth = TokenLosses(model, gradient_dtype, gradient_attention)
 
     def of(indices: Sequence[int]) -> Reference:
         chosen = [samples[i] for i in indices]
@@ -209,7 +211,7 @@ def chat_reference(
             losses,
             jax.device_put(batch),
             sample_weight[batch.target_samples] * (batch.target_weights > 0),
-            smooth,
+            None if smooth == losses else smooth,
             batch.target_samples,
             lambda fewer: of([indices[i] for i in fewer]),
         )

@@ -236,7 +236,8 @@ def linearized(
         sensitivity: how the optimizer is made linear.
         expansion_point: the centre (`first_order`); ``params`` uses ``-G . Delta_0`` for the
             shared step.
-        pilots: how many candidates of the pool the secant and the curve are fitted on.
+        pilots: how many candidates of the pool the secant and the curve are fitted on, and
+            ``mean_update`` averages.
 
     Raises:
         UserError: a reference loss is not finite, there is no pilot, or the sensitivity is not
@@ -322,5 +323,4 @@ def linearized(
         for name, (_, offset) in facts.items():
             x, y = (np.array([one.on(name) for one in rows], float) for rows in (linear, true))
             responses[name] = fit_response(x - offset, y - offset)
-    del around, slope  # only the directions are needed from here on
     return scorer

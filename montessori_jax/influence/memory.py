@@ -36,8 +36,8 @@ def block_size(params: Any, activations: int = 0, *, device: jax.Device | None =
     """Candidates to probe side by side (K), from the memory that is free on the device.
 
     ``K = usable free bytes / (3 x parameter bytes + activations)``, between 1 and 16. On a CPU it
-    is 1: there a candidate fills the cores, and more side by side were slower at every size that
-    was measured (benchmarks/influence.py).
+    is 1: there a candidate fills the cores, and more side by side were slower where it was
+    measured (docs/log.md).
 
     Args:
         params: the student's parameters, on the device already.

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -148,7 +149,9 @@ def score_candidates(
     usable = [one for one in candidates if one.data is not None]
     if settings.method == "exact" and settings.precision == "bfloat16" and usable and scores:
         probe = probe_of(student, candidates, reference_chats, settings)
-        step = jax.jit(candidate_update, static_argnums=1)
+        step = jax.jit(
+            partial(candidate_update, gradient_scale=probe.gradient_scale), static_argnums=1
+        )
         loss = as_argument(probe.candidate_loss)
         _, updates = step(loss, probe.tx, probe.params, probe.opt_state, usable[0].data)
         first = next(iter(probe.references.values()))
@@ -168,6 +171,7 @@ def choose_estimator(
     ids: Sequence[str] | None = None,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
+    on_audit: Callable[[int], None] = lambda count: None,
 ) -> Choice:
     """Hold estimators to ``exact`` in float32 on a random subset; the cheapest that passes.
 
@@ -188,6 +192,7 @@ def choose_estimator(
         ids: one a candidate; by default its number.
         groups: each candidate's prompt: whole prompts are audited and their pairs compared.
         seed: draws the audited candidates.
+        on_audit: told how many candidates are audited, before the long work begins.
     """
     student = Student(model, params, opt_state, tx)
     settings = resolved(settings)
@@ -216,6 +221,7 @@ def choose_estimator(
     scoring = known[order[0]].of(len(usable))
     count = audit_count(settings.audit, len(usable), scoring, known["exact"].each)
     audited = choose_audited(usable, count, seed, groups)
+    on_audit(len(audited))
 
     def made(settings: InfluenceConfig) -> ScoreSome:
         return score_by(student, candidates_of(chats, names, settings), sets, settings, seed)
@@ -223,7 +229,10 @@ def choose_estimator(
     def rung(name: str) -> Callable[[], ScoreSome]:
         return lambda: made(with_method(settings, name))
 
-    true = replace(settings, preset="corrected", method="exact", precision="float32")
+    kernel = "auto" if settings.attention == "cudnn" else settings.attention
+    true = replace(
+        settings, preset="corrected", method="exact", precision="float32", attention=kernel
+    )
     return choose_method(
         {name: rung(name) for name in order},
         lambda places: made(true)(places),
@@ -275,9 +284,16 @@ def candidates_of(
     ]
 
 
-def attention_of(settings: InfluenceConfig) -> str:
-    """The attention kernel that the method can use."""
-    return "xla" if settings.method in FORWARD else settings.attention
+def attention_of(settings: InfluenceConfig, dtype: str | None = None) -> str:
+    """The attention kernel of what is computed in ``dtype``; by default ``settings.precision``.
+
+    Forward mode needs ``xla``, and so does what a run in bf16 computes in float32 all the same:
+    cuDNN has no float32.
+    """
+    narrow = settings.attention == "cudnn" and settings.precision == "bfloat16"
+    if settings.method in FORWARD or (narrow and dtype == "float32"):
+        return "xla"
+    return settings.attention
 
 
 def probe_of(
@@ -348,6 +364,8 @@ def reference_for(
     Losses that are subtracted are computed in float32, except by ``exact`` in bf16, which then
     measures what it says; gradients are computed in ``settings.precision``.
     """
+    as_asked = settings.method == "exact" or settings.precision == "bf16_split"
+    dtype = settings.precision if as_asked else "float32"
     return chat_reference(
         model,
         chats,
@@ -355,11 +373,10 @@ def reference_for(
         max_length=settings.max_length,
         row_length=settings.row_length,
         rows_per_pass=settings.rows_per_pass,
-        dtype=settings.precision
-        if settings.method == "exact" or settings.precision == "bf16_split"
-        else "float32",
+        dtype=dtype,
         gradient_dtype=settings.precision,
-        attention=attention_of(settings),
+        attention=attention_of(settings, dtype),
+        gradient_attention=attention_of(settings),
     )
 
 

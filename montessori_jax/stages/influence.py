@@ -24,8 +24,8 @@ from montessori_jax.data.writing import (
 )
 from montessori_jax.errors import UserError
 from montessori_jax.influence import Choice, Score, choose_estimator, score_candidates
-from montessori_jax.influence.costs import costs
-from montessori_jax.influence.scoring import with_method
+from montessori_jax.influence.costs import Cost, costs
+from montessori_jax.influence.scoring import label, resolved, with_method
 from montessori_jax.runs import Journal, value_hash
 from montessori_jax.stages.student import ProbeStudent, open_student
 from montessori_jax.stages.trained import step_flops
@@ -139,8 +139,6 @@ def _choose(
     for record in journal.records:
         if "choice" in record:
             return Choice(record["choice"]["method"], ()), record["choice"]["audits"]
-    if settings.audit and settings.method != "exact":
-        work.say("audit: some candidates are measured by the definition first")
     found = choose_estimator(
         *probe.probed,
         chats,
@@ -149,6 +147,9 @@ def _choose(
         ids=[row.id for row in rows],
         groups=prompts_of(rows),
         seed=work.seed,
+        on_audit=lambda count: work.say(
+            f"audit: {count} candidates are measured by the definition first"
+        ),
     )
     for audit in found.audits:
         work.say(f"audit by exact: {audit.line()}")
@@ -186,13 +187,23 @@ def _score(
     """All scores in order, those of finished chunks from the journal."""
     parameters = probe.loaded.model.parameter_count()
     tokens = sum(known.tokens for known in references.values())
-    known = costs(parameters, 1.0, tokens, part=settings.control_fraction)[settings.method]
+
+    def cost(candidate_tokens: float) -> Cost:
+        return costs(
+            parameters,
+            candidate_tokens,
+            tokens,
+            part=settings.control_fraction,
+            pilots=min(settings.pilots, len(chats)),
+        )[settings.method]
+
     # What a candidate costs beside its own tokens, and what each of those costs.
-    beside = costs(parameters, 0.0, tokens, part=settings.control_fraction)[settings.method].each
-    gradient = step_flops(probe.loaded.model) * (known.each - beside) / (6 * parameters)
+    beside = cost(0.0).each
+    gradient = step_flops(probe.loaded.model) * (cost(1.0).each - beside) / (6 * parameters)
     finished = [record for record in journal.records if "chunk" in record]
     if not finished:
-        work.meter.count(flops=known.once)
+        lengths = sum(len(chat.tokens) for chat in chats)
+        work.meter.count(flops=cost(lengths / max(len(chats), 1)).once)
     done = sum(len(record["scores"]) for record in finished)
     with work.bar(len(rows), "candidate", settings.method, done=done) as bar:
 
@@ -289,7 +300,8 @@ def _card(
         made=(
             f"a probe step of {settings.optimizer} at learning rate {probe.learning_rate:.4g} on "
             "each candidate",
-            f"influence by the estimator '{settings.method}' on {references} reference rows",
+            f"influence by the estimator '{label(resolved(settings))}' on {references} reference "
+            "rows",
         ),
         counts={"reference rows": references},
         seed=seed,

@@ -9,10 +9,10 @@ import pytest
 
 from montessori_jax.config import InfluenceConfig
 from montessori_jax.errors import UserError
-from montessori_jax.influence import score_candidates, scoring
+from montessori_jax.influence import choose_estimator, score_candidates, scoring
 from montessori_jax.influence.scoring import Student, candidates_of, probe_of
 from montessori_jax.models import attention
-from montessori_jax.models.attention_kernels import by_dot_product, by_splash
+from montessori_jax.models.attention_kernels import by_dot_product, by_splash, choose
 from tests.influence.students import MODEL, chats, student
 
 REFERENCES, ROWS = chats(3, 51), chats(3, 52)
@@ -83,8 +83,8 @@ def test_forward_mode_stays_on_the_plain_path(method: str, kernels: None):
 def test_candidates_and_references_take_the_same_kernel(method: str, monkeypatch):
     asked = []
 
-    def reference(model, chats, *, attention, **options):
-        asked.append(attention)
+    def reference(model, chats, *, attention, gradient_attention, **options):
+        asked.extend([attention, gradient_attention])
         return true(model, chats, **options)
 
     true = scoring.chat_reference
@@ -93,9 +93,25 @@ def test_candidates_and_references_take_the_same_kernel(method: str, monkeypatch
     candidates = candidates_of(ROWS, ["a", "b", "c"], settings)
     probe = probe_of(Student(MODEL, *student()), candidates, REFERENCES, settings)
     expected = "xla" if method in FORWARD else "splash"
-    assert [probe.candidate_loss.losses.attention, *asked] == [expected] * 2
+    assert [probe.candidate_loss.losses.attention, *asked] == [expected] * 3
     rows = {one.data.tokens.shape[1] for one in candidates}
     assert all(length % 128 == 0 for length in rows) == (method in REVERSE)
+
+
+def test_cudnn_in_bf16_leaves_float32_parts_to_the_plain_path(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "choose", partial(choose, backend="gpu"))
+    monkeypatch.setattr(attention, "by_dot_product", standing_in)
+    settings = replace(SETTINGS, method="first_order", precision="bfloat16", attention="cudnn")
+    plain = score(replace(settings, attention="xla"))
+    params, state, tx = student(1e-4)
+    audited = replace(settings, audit=2)
+    with jax.numpy_dtype_promotion("standard"):  # JAX's attention adds float32 to bf16
+        np.testing.assert_allclose(score(settings), plain, atol=0.05 * plain.std())
+        # The audit's truth is in float32.
+        choice = choose_estimator(MODEL, params, state, tx, ROWS, REFERENCES, audited)
+    assert choice.audit is not None
+    with pytest.raises(UserError, match="'cudnn' computes in bfloat16 alone, not float32"):
+        score(replace(settings, precision="float32", row_length=384))
 
 
 def test_a_kernel_of_another_machine_is_one_line():

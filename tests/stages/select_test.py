@@ -179,11 +179,11 @@ def test_the_command_says_what_it_chose(files, tmp_path, capsys):
         in said
     )
     assert "influence +4.000e-04 to -1.000e-04, mean +1.667e-04, of all +2.000e-04" in said
-    assert "1 near-duplicates passed over" in said
+    assert "near-duplicates passed over: 1" in said
     assert [str(row["id"]) for row in chosen(out)] == ["5", "3", "7"]
     grouped = ("--per-group", "1", "--group-by", "topic", "--threshold=-1e-3")
     assert run([*arguments, *grouped]) == 0
-    assert "2 beyond 1 of a topic passed over" in capsys.readouterr().out
+    assert "rows above 1 of one topic passed over: 2" in capsys.readouterr().out
     assert run([*arguments, "--top-k", "1", "--by", "absent"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("montessori: error: ")
