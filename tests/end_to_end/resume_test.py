@@ -36,7 +36,13 @@ CONFIG = {
     "warmup": {"rows": 6, "learning_rate": 1e-3, "batch_size": 2, "max_length": 256},
     "influence": {"method": "first_order", "audit": 3, "max_length": 256, "chunk": 4},
     "preferences": {"rule": "extremes", "heldout_fraction": 0.2},
-    "dpo": {"learning_rate": 1e-3, "warmup_ratio": 0, "batch_size": 1, "max_length": 512},
+    "dpo": {
+        "learning_rate": 1e-2,
+        "warmup_ratio": 0,
+        "batch_size": 1,
+        "max_length": 512,
+        "lora_rank": 4,
+    },
     "sft": {"rows": 9, "learning_rate": 1e-3, "warmup_ratio": 0, "batch_size": 3},
 }
 for section in ("warmup", "dpo", "sft"):
@@ -132,7 +138,12 @@ def test_a_run_ends_with_its_table_and_every_artifact(undisturbed):
     assert stages["influence"]["audit"]["agreement"]["count"] == 3
     assert stages["train-tuned"]["rows"] == stages["train-untuned"]["rows"]
     assert stages["similarity"]["changed_share"] > 0
-    for name in ("dpo/teacher/model.safetensors", "generate/README.md", "influence/scores.parquet"):
+    for name in (
+        "dpo/teacher/model.safetensors",
+        "dpo/adapter/adapter_model.safetensors",
+        "generate/README.md",
+        "influence/scores.parquet",
+    ):
         assert (run / "iteration-1" / name).is_file(), name
 
 
