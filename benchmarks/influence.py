@@ -268,6 +268,7 @@ def run_variant(folder: Path, variant: str) -> dict[str, Any]:
             WARMUP.learning_rate,
             problem.candidates[:2],
             problem.references,
+            WARMUP.max_grad_norm,
         )
         work = found["flops_per_candidate"]
         found["gflops"] = round(work / found["seconds_per_candidate"] / 1e9, 1)

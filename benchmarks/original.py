@@ -32,8 +32,12 @@ def original(
     learning_rate: float,
     candidates: list[EncodedChat],
     references: list[EncodedChat],
+    max_grad_norm: float = 0.0,
 ) -> dict[str, Any]:
-    """Seconds a candidate at the better of 1 and 2 threads, and what was found."""
+    """Seconds a candidate at the better of 1 and 2 threads, and what was found.
+
+    Gradients are clipped to ``max_grad_norm`` where the student's optimizer clips them; 0: not.
+    """
 
     def tensors(tree: Any) -> dict[str, torch.Tensor]:
         return {k: torch.from_numpy(v.copy()) for k, v in from_params(config, tree)}
@@ -71,6 +75,8 @@ def original(
         optimizer.load_state_dict(stored["optimizer"])
         optimizer.zero_grad()
         model(**padded([chat])).loss.backward()
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         return reference_loss()
 

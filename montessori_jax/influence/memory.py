@@ -37,7 +37,7 @@ def block_size(params: Any, activations: int = 0, *, device: jax.Device | None =
 
     ``K = usable free bytes / (3 x parameter bytes + activations)``, between 1 and 16. On a CPU it
     is 1: there a candidate fills the cores, and more side by side were slower where it was
-    measured (docs/log.md).
+    measured (docs/log.md, 135M parameters).
 
     Args:
         params: the student's parameters, on the device already.
