@@ -6,12 +6,9 @@ is what DPO trains the teacher on. The instruction is a slice of it without the 
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
+from montessori_jax.generation.endings import Finish
 from montessori_jax.generation.prompts import CLOSING_TAG, STYLES
-
-Finish = Literal["stop", "end", "length"]
-"""How sampling ended: at a stop string, at the end-of-turn token, or at the length limit."""
 
 CAUSES = {
     "no_tags": "the instruction tags are missing",

@@ -19,6 +19,7 @@ from montessori_jax.models.gguf import load_gguf
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.models.tokenizer import open_gguf
 from montessori_jax.models.weights import from_params
+from tests.models.gguf_sizes import write_sizes
 from tests.models.tiny import (
     FAMILIES,
     jax_logits,
@@ -63,16 +64,7 @@ def write_gemma3(
 ) -> Path:
     """A file as llama.cpp's converter writes it: norms with 1 added, rows as they are."""
     writer = gguf.GGUFWriter(path, "gemma3")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
+    write_sizes(writer, config)
     writer.add_sliding_window(config["sliding_window"])
     for key, value in extra.items():
         add = writer.add_string if isinstance(value, str) else writer.add_float32

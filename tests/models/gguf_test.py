@@ -23,6 +23,7 @@ from montessori_jax.models.gguf import load_gguf
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.models.rope import inverse_frequencies
 from montessori_jax.models.weights import from_params
+from tests.models.gguf_sizes import write_sizes
 from tests.models.tiny import (
     CONFIG,
     jax_logits,
@@ -55,17 +56,8 @@ def write_gguf(
 ) -> Path:
     """A file as llama.cpp's converter writes it, by its own library."""
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
+    write_sizes(writer, config)
     writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")

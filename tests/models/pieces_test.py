@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from montessori_jax.errors import UserError
 from montessori_jax.models.tokenizer import save_tokenizer, tokenizer_from_gguf
 from tests.models.tokenizer.texts import HARD, shipped_texts
+from tests.sentencepieces import train_sentencepiece
 
 USER_DEFINED = ["\n", "\n\n", "\u2581\u2581", "\u2581\u2581\u2581", "<b>", "</b>", "e\u2581t"]
 MORE = [
@@ -27,23 +28,15 @@ MORE = [
 def train(folder: Path, *, space_prefix: bool) -> Path:
     """A tokenizer.model as Gemma's is, with pieces given by hand and text as it stands; or as
     Llama 2's is, with a space before the text."""
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter("\n".join(shipped_texts()).split("\n")),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=900,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
+    return train_sentencepiece(
+        folder,
+        shipped_texts(),
         allow_whitespace_only_pieces=True,
         add_dummy_prefix=space_prefix,
         character_coverage=0.999,
         user_defined_symbols=[] if space_prefix else USER_DEFINED,
         control_symbols=["<start_of_turn>"],
-        minloglevel=2,
     )
-    return folder / "tokenizer.model"
 
 
 def write_gguf(path: Path, model: Path, *, scores: bool = True, **switches: bool) -> Path:

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import sentencepiece
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from montessori_jax.models.tokenizer import load_tokenizer
 from tests.data.chat.tokenizers import CHATML, LLAMA2, LLAMA3, PHI3, ZEPHYR, byte_level, texts
+from tests.sentencepieces import train_sentencepiece
 
 
 @pytest.fixture(scope="session")
@@ -41,17 +41,7 @@ def phi3() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sentencepiece")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter("\n".join(texts()).split("\n")),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=900,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
+    train_sentencepiece(folder, texts())
     return folder
 
 
