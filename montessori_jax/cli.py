@@ -60,7 +60,9 @@ def run(arguments: Sequence[str]) -> int:
         parsed.overrides = [*parsed.overrides, *rest]
     stop = Stop()
     try:
-        _cache_programs()
+        from montessori_jax.devices import cache_programs
+
+        cache_programs()
         with on_signals(stop):
             parsed.command(parsed, stop)
     except UserError as error:
@@ -81,17 +83,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def _cache_programs() -> None:
-    """Keep compiled programs between stages and runs: most of a small run is compiling."""
-    import jax
-
-    from montessori_jax.models.sources import cache_folder
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
 
 
 def _parser() -> argparse.ArgumentParser:

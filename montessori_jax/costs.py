@@ -25,6 +25,10 @@ PEAK_FLOPS = {
 }
 
 
+# Columns that are means over an attempt's seconds; the others are summed.
+RATES = ("model_flop_utilisation", "generated_tokens_per_second")
+
+
 def device_peak() -> float | None:
     """Published bf16 FLOP/s of all local devices together, or None where it is not known."""
     kind = jax.devices()[0].device_kind
@@ -50,13 +54,15 @@ class Meter:
     stage: str
     counts: dict[str, int] = field(default_factory=dict)
     flops: float = 0.0
+    dollars: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
-    def count(self, *, flops: float = 0.0, **tokens: int) -> None:
-        """Add tokens by kind (``prompt_tokens``, ``generated_tokens``, ...) and their FLOPs."""
+    def count(self, *, flops: float = 0.0, dollars: float = 0.0, **tokens: int) -> None:
+        """Add tokens by kind (``prompt_tokens``, ``generated_tokens``, ...), FLOPs and money."""
         for kind, number in tokens.items():
             self.counts[kind] = self.counts.get(kind, 0) + int(number)
         self.flops += flops
+        self.dollars += dollars
 
     @property
     def seconds(self) -> float:
@@ -74,6 +80,10 @@ class Meter:
             "peak_memory_bytes": peak_memory(),
             "device": jax.devices()[0].device_kind,
         }
+        if generated := self.counts.get("generated_tokens"):
+            row["generated_tokens_per_second"] = round(generated / seconds, 2)
+        if self.dollars:
+            row["dollars"] = round(self.dollars, 6)
         peak = device_peak()
         if peak and self.flops:
             row["model_flop_utilisation"] = round(self.flops / seconds / peak, 4)
@@ -98,7 +108,7 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
         total = stages.setdefault(row["stage"], {"stage": row["stage"], "attempts": 0})
         total["attempts"] += 1
         for key, value in row.items():
-            if key == "model_flop_utilisation":
+            if key in RATES:
                 done = total["seconds"] - row["seconds"]
                 before = total.get(key, 0.0) * done
                 total[key] = (before + value * row["seconds"]) / total["seconds"]
@@ -115,4 +125,6 @@ def describe_cost(row: dict[str, Any]) -> str:
     for kind, number in row.items():
         if kind.endswith("_tokens"):
             parts.append(f"{number:,} {kind.removesuffix('_tokens')} tokens")
+    if "dollars" in row:
+        parts.append(f"${row['dollars']:.2f}")
     return ", ".join(parts)

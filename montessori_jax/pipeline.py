@@ -5,6 +5,7 @@ train, evaluate. Each is a stage that writes one folder of the run directory fro
 earlier ones, and is passed over when it is done already.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +15,10 @@ from montessori_jax.config import RunConfig, TrainingConfig
 from montessori_jax.costs import Meter, describe_cost
 from montessori_jax.data.rows import read_rows
 from montessori_jax.data.tables import read_table
+from montessori_jax.devices import cache_programs, keep_off_accelerator
 from montessori_jax.dtypes import forward_dtype
+from montessori_jax.errors import UserError
+from montessori_jax.generation.teacher import Teachers
 from montessori_jax.host_memory import return_freed_memory
 from montessori_jax.hub import check_hub, push_stage
 from montessori_jax.models.loaded import LoadedModel
@@ -24,6 +28,13 @@ from montessori_jax.report.summary import summarise
 from montessori_jax.report.table import render
 from montessori_jax.runs import RunDirectory, value_hash, write_atomic, write_json
 from montessori_jax.seeding import derive_seed
+from montessori_jax.serving.teachers import (
+    BackEnd,
+    choose_back_end,
+    open_teachers,
+    shares_accelerator,
+)
+from montessori_jax.stage_process import in_own_process
 from montessori_jax.stages.dpo import dpo
 from montessori_jax.stages.evaluate import evaluate
 from montessori_jax.stages.finetune import finetune, warm_up
@@ -42,14 +53,23 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Loop:
-    """One iteration's surroundings: settings, folders, and how a stage is run."""
+    """One iteration's surroundings: settings, folders, and how a stage is run.
+
+    ``teacher`` is the model that the iteration begins with; ``own_processes`` runs each stage that
+    trains in a process of its own.
+    """
 
     config: RunConfig
     directory: RunDirectory
     iteration: int
+    teacher: str
     stop: Stop
     say: Say
     quiet: bool
+    teachers: Teachers | None = None  # None in a stage's own process, which only trains
+    back_end: BackEnd = "jax"
+    own_processes: bool = False
+    only: str | None = None  # in a stage's own process, that stage
 
     def folder(self, stage: str) -> str:
         """Where a stage of this iteration writes."""
@@ -62,20 +82,33 @@ class Loop:
         line: Callable[[Result], str],
         *,
         draws: str = "",
+        trains: bool = False,
     ) -> Result:
         """Run one stage, or give its result if it is done; say in one line what came of it.
 
         ``draws`` keys the stage's random draws (by default its name): stages that share it draw
-        alike.
+        alike. ``trains`` is whether it needs the accelerator for JAX.
         """
         full = f"iteration-{self.iteration}/{name}"
         folder = self.directory.stage(full)
         done = folder.result()
+        if self.only is not None and full != self.only:
+            assert done is not None, f"{full} comes before {self.only} and is not done"
+            return done
         if done is not None:
             self.say(f"{full}: done before: {line(done)}")
             self.push(full, folder.path)
             return done
         self.stop.check()
+        if trains and self.teachers is not None:
+            self.teachers.release()
+        if trains and self.own_processes:
+            about = (self.config, self.iteration, self.teacher, self.back_end, full, self.quiet)
+            memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(self.config.jax_memory_fraction)}
+            in_own_process(run_stage, about, stop=self.stop, environment=memory)
+            made = folder.result()
+            assert made is not None, f"{full} ended without its marker"
+            return made
         meter = Meter(self.directory.path / "costs.jsonl", full)
         seed = derive_seed(self.config.seed, self.iteration, draws or name)
         finished = False
@@ -89,6 +122,8 @@ class Loop:
         folder.finish(result)
         self.say(f"{full}: {line(result)}  ({describe_cost(cost)})")
         self.push(full, folder.path)
+        if self.only is not None:
+            raise StageEnded
         return result
 
     def tracking(self, stage: str) -> Tracking:
@@ -104,20 +139,47 @@ class Loop:
             push_stage(folder, stage, prefix, private=self.config.push_private, say=self.say)
 
 
-def run_iteration(loop: Loop, teacher: str) -> str:
-    """One time round the loop from ``teacher``; returns the tuned teacher's folder."""
-    config, data, folder = loop.config, loop.config.data, loop.folder
+class StageEnded(Exception):
+    """The one stage that a process is for has ended."""
+
+
+def run_stage(
+    config: RunConfig,
+    iteration: int,
+    teacher: str,
+    back_end: BackEnd,
+    only: str,
+    quiet: bool,
+    stop: Stop,
+) -> None:
+    """One stage of an iteration whose earlier ones are done: what a stage's own process runs."""
+    cache_programs()
+    directory = RunDirectory(Path(config.run_dir))
+    loop = Loop(
+        config, directory, iteration, teacher, stop, say_line, quiet, back_end=back_end, only=only
+    )
+    with contextlib.suppress(StageEnded):
+        run_iteration(loop)
+
+
+def say_line(text: str) -> None:
+    """Print a line at once."""
+    print(text, flush=True)
+
+
+def run_iteration(loop: Loop) -> str:
+    """One time round the loop from its teacher; returns the tuned teacher's folder."""
+    config, data, folder, teacher = loop.config, loop.config.data, loop.folder, loop.teacher
 
     def write_data(source: str, prompts: int) -> Callable[[Work], Result]:
-        dtype = forward_dtype(config.generation, config.responses)
-        return lambda work: generate(
-            load_model(source, dtype=dtype),
-            data.seeds,
-            config.generation,
-            config.responses,
-            work,
-            prompts=prompts,
-        )
+        def body(work: Work) -> Result:
+            assert loop.teachers is not None
+            writer = loop.teachers.teacher(source)
+            return generate(
+                writer, data.seeds, config.generation, config.responses, work, prompts=prompts
+            )
+
+        return body
 
     def student(settings: TrainingConfig) -> LoadedModel:
         return load_model(config.student, dtype=settings.held_dtype)
@@ -135,6 +197,7 @@ def run_iteration(loop: Loop, teacher: str) -> str:
         "warmup",
         lambda work: warm_up(student(config.warmup), warmup, config.warmup, work),
         lines.trained,
+        trains=True,
     )
     loop.stage(
         "influence",
@@ -147,6 +210,7 @@ def run_iteration(loop: Loop, teacher: str) -> str:
             num_reference=data.num_reference,
         ),
         lines.scored,
+        trains=True,
     )
     scores, asked = folder("influence/scores.parquet"), folder("generate/prompts.jsonl")
     loop.stage(
@@ -161,8 +225,10 @@ def run_iteration(loop: Loop, teacher: str) -> str:
             folder("preferences"),
             config.dpo,
             work,
+            probe=loop.back_end == "vllm",
         ),
         lines.tuned,
+        trains=True,
     )
     tuned = folder("dpo/teacher")
 
@@ -188,7 +254,7 @@ def run_iteration(loop: Loop, teacher: str) -> str:
         return lambda work: finetune(student(budget), place, budget, work)
 
     for name, place in data_of.items():
-        loop.stage(f"train-{name}", train_on(place), lines.trained, draws="train")
+        loop.stage(f"train-{name}", train_on(place), lines.trained, draws="train", trains=True)
 
     def evaluate_student(source: str) -> Callable[[Work], Result]:
         dtype = forward_dtype(config.evaluation)
@@ -204,7 +270,13 @@ def run_iteration(loop: Loop, teacher: str) -> str:
     if loop.iteration == 1:  # the student as it is, the same in every iteration
         students = {"untrained": config.student, **students}
     for name, source in students.items():
-        loop.stage(f"evaluate-{name}", evaluate_student(source), lines.evaluated, draws="evaluate")
+        loop.stage(
+            f"evaluate-{name}",
+            evaluate_student(source),
+            lines.evaluated,
+            draws="evaluate",
+            trains=True,
+        )
     return tuned
 
 
@@ -233,12 +305,48 @@ def run(config: RunConfig, *, say: Say, stop: Stop, quiet: bool = False) -> dict
     """
     check_tracker(config.tracker)
     check_hub(config.push_to_hub)
+    back_end = choose_back_end(config)
+    own_processes = stage_processes(config, back_end)
     directory = RunDirectory.create(config, inputs_of(config))
-    with directory.locked():
+    logs = directory.path / "vllm"
+    with (
+        directory.locked(),
+        contextlib.closing(open_teachers(config, back_end, logs, say=say, stop=stop)) as teachers,
+    ):
         teacher = config.teacher
+        if not directory.stage("iteration-1/generate").result():
+            teachers.check(teacher)
         for number in range(1, config.iterations + 1):
-            teacher = run_iteration(Loop(config, directory, number, stop, say, quiet), teacher)
+            loop = Loop(
+                config, directory, number, teacher, stop, say, quiet, teachers, back_end,
+                own_processes,
+            )  # fmt: skip
+            teacher = run_iteration(loop)
         return report(directory, say)
+
+
+def stage_processes(config: RunConfig, back_end: BackEnd) -> bool:
+    """Whether stages that train run in processes of their own; if so, this one stays off the
+    accelerator.
+
+    Raises:
+        UserError: the settings cannot work together.
+    """
+    if back_end == "url":
+        raise UserError(
+            "generator url: a model behind an address has no weights to tune, which the loop does: "
+            "set generator: vllm or jax; montessori generate --generator url only writes data"
+        )
+    shared = shares_accelerator(config, back_end)
+    if shared and config.stage_processes == "never":
+        raise UserError(
+            "vLLM shares the accelerator with training, whose memory only comes back when its "
+            "process ends: set stage_processes: auto, or give vLLM GPUs of its own (vllm.devices)"
+        )
+    own = config.stage_processes == "always" or (config.stage_processes == "auto" and shared)
+    if own:
+        keep_off_accelerator()
+    return own
 
 
 def report(directory: RunDirectory, say: Say) -> dict[str, Any]:

@@ -26,9 +26,13 @@ MARKER = "done.json"
 # May differ between the runs that share a directory: where it is, how far to go, how often to
 # save, who is told. Everything else decides what the artifacts hold.
 FREE_KEYS = frozenset(
-    ["run_dir", "iterations", "tracker", "tracker_project", "push_to_hub", "push_private"]
-)
+    ["run_dir", "iterations", "tracker", "tracker_project", "push_to_hub", "push_private",
+     "stage_processes", "jax_memory_fraction"]
+)  # fmt: skip
 FREE_LEAVES = ("checkpoint_every",)
+# How servers are run; what they compute in, and which model is asked, is not free.
+FREE_SECTIONS = ("vllm.", "url.")
+BOUND = ("vllm.dtype", "url.model")
 # Sections that decide one stage (and those after it) may change until that stage is done.
 STAGE_OF = {
     "warmup": "warmup",
@@ -76,6 +80,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
         and key not in FREE_KEYS
+        and (key in BOUND or not key.startswith(FREE_SECTIONS))
         and key.rsplit(".", 1)[-1] not in FREE_LEAVES
     ]
 

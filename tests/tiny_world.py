@@ -36,8 +36,11 @@ def tiny_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def write_tiny_teacher(folder: Path, prompts: int = 400) -> Path:
-    """Train a 0.2M-parameter model on the shipped seeds until it writes in their format."""
+def write_tiny_teacher(folder: Path, prompts: int = 400, head_dim: int = 16) -> Path:
+    """Train a 0.2M-parameter model on the shipped seeds until it writes in their format.
+
+    vLLM has attention for a ``head_dim`` of 32 and more.
+    """
     seeds: list[Row] = read_rows("package:seeds").rows
     instructions = [row.instruction for row in seeds]
     tokenizer = tiny_tokenizer([*instructions, *(row.response for row in seeds)])
@@ -59,7 +62,7 @@ def write_tiny_teacher(folder: Path, prompts: int = 400) -> Path:
         num_layers=2,
         num_heads=4,
         num_kv_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
     )

@@ -1,6 +1,8 @@
 """`montessori generate`."""
 
 import argparse
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,15 @@ from montessori_jax.commands.arguments import (
     stage_section,
     stage_work,
 )
-from montessori_jax.config import FilterConfig, GenerationConfig, ResponseConfig, as_dict
+from montessori_jax.config import (
+    GENERATOR_HELP,
+    FilterConfig,
+    GenerationConfig,
+    ResponseConfig,
+    UrlConfig,
+    VllmConfig,
+    as_dict,
+)
 from montessori_jax.flags import add_settings, settings_from
 from montessori_jax.stopping import Stop
 
@@ -31,36 +41,51 @@ def add_generate(commands: Any) -> None:
     parser.add_argument("--teacher", help=MODEL)
     parser.add_argument("--seeds", help=f"seed tasks: {ROWS}")
     parser.add_argument("--out", required=True, help="folder for data.parquet and its card")
+    parser.add_argument("--generator", choices=["auto", "jax", "vllm", "url"], help=GENERATOR_HELP)
     add_settings(parser, GenerationConfig, "instructions", skip=("filters",))
     add_settings(parser, FilterConfig, "filters", prefix="filter-")
     add_settings(parser, ResponseConfig, "responses", prefix="response-")
+    add_settings(parser, VllmConfig, "generator vllm", prefix="vllm-")
+    add_settings(parser, UrlConfig, "generator url", prefix="url-", skip=("prices",))
 
 
 def _generate(parsed: argparse.Namespace, stop: Stop) -> None:
-    from montessori_jax.dtypes import forward_dtype
-    from montessori_jax.models.sources import load_model
+    from montessori_jax.devices import keep_off_accelerator
+    from montessori_jax.serving.teachers import choose_back_end, open_teachers
     from montessori_jax.stages.generate import generate
 
+    def section(kind: type, name: str, prefix: str, **options: Any) -> Any:
+        return settings_from(parsed, kind, stage_section(parsed, name), prefix=prefix, **options)
+
     base = run_config(parsed)
-    section = stage_section(parsed, "generation")
+    generation = stage_section(parsed, "generation")
     filters = settings_from(
-        parsed, FilterConfig, dict(section.get("filters") or {}), prefix="filter-"
+        parsed, FilterConfig, dict(generation.get("filters") or {}), prefix="filter-"
     )
-    settings = settings_from(
-        parsed, GenerationConfig, {**section, "filters": as_dict(filters)}, skip=("filters",)
-    )
-    responses = settings_from(
-        parsed, ResponseConfig, stage_section(parsed, "responses"), prefix="response-"
+    config = replace(
+        base,
+        generator=parsed.generator or base.generator,
+        generation=settings_from(
+            parsed, GenerationConfig, {**generation, "filters": as_dict(filters)}, skip=("filters",)
+        ),
+        responses=section(ResponseConfig, "responses", "response-"),
+        vllm=section(VllmConfig, "vllm", "vllm-"),
+        url=section(UrlConfig, "url", "url-", skip=("prices",)),
     )
     work = stage_work(parsed, stop, Path(parsed.out), "generate")
-    result = generate(
-        load_model(parsed.teacher or base.teacher, dtype=forward_dtype(settings, responses)),
-        parsed.seeds or base.data.seeds,
-        settings,
-        responses,
-        work,
-        prompts=settings.prompts,
-    )
+    back_end = choose_back_end(config)
+    if back_end != "jax":
+        keep_off_accelerator()
+    teachers = open_teachers(config, back_end, Path(parsed.out) / "vllm", say=work.say, stop=stop)
+    with contextlib.closing(teachers):
+        result = generate(
+            teachers.teacher(parsed.teacher or base.teacher),
+            parsed.seeds or base.data.seeds,
+            config.generation,
+            config.responses,
+            work,
+            prompts=config.generation.prompts,
+        )
     print(
         f"{parsed.out}: {result['kept']} of {result['candidates']} candidates kept, "
         f"{result['rows']} with a response; dropped: {result['dropped']}  ({report_cost(work)})"

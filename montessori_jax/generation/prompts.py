@@ -20,6 +20,9 @@ from montessori_jax.errors import UserError
 OPENING_TAG = "<instruction>"
 CLOSING_TAG = "</instruction>"
 STYLES = ("chat", "turns", "list")
+# Any text but the opening tag's, or the closing tag's, first letters.
+_BEFORE = "([^<]|<[^i])"
+_WITHIN = "([^<]|<[^/i]|</[^i])"
 
 _TASK = (
     "Write one new instruction that a person might give to an AI assistant. It can be a question "
@@ -49,12 +52,15 @@ class Prompt:
         text: plain text that the model continues, without any template; None for chat.
         prefill: how the answer begins. It is appended to the prompt, so the sampled text lacks it.
         stop: strings that end the answer. A stop string belongs to the answer it ends.
+        pattern: regular expression of the answers that can be parsed, after the prefill; "" where
+            any can. In the common subset of dialects: no look-around.
     """
 
     messages: list[dict[str, str]] | None
     text: str | None
     prefill: str
     stop: tuple[str, ...]
+    pattern: str = ""
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.text is None):
@@ -83,15 +89,17 @@ def build_instruction_prompt(style: str, exemplars: Sequence[str]) -> Prompt:
     stop = (CLOSING_TAG,)
     if style == "chat":
         content = "\n\n".join([_TASK, _REASON, "Examples of instructions:\n" + "\n".join(tagged)])
-        return Prompt([{"role": "user", "content": content}], None, "", stop)
+        pattern = f"{_BEFORE}*{OPENING_TAG}{_WITHIN}+{CLOSING_TAG}"
+        return Prompt([{"role": "user", "content": content}], None, "", stop, pattern)
     if style == "turns":
         messages = [{"role": "user", "content": _FIRST_TURN}]
         for turn in tagged:
             messages.append({"role": "assistant", "content": turn})
             messages.append({"role": "user", "content": _NEXT_TURN})
-        return Prompt(messages, None, OPENING_TAG, stop)
+        return Prompt(messages, None, OPENING_TAG, stop, f"{_WITHIN}+{CLOSING_TAG}")
     if style == "list":
-        return Prompt(None, "\n".join([_LIST_HEADING, *tagged, ""]), OPENING_TAG, stop)
+        text = "\n".join([_LIST_HEADING, *tagged, ""])
+        return Prompt(None, text, OPENING_TAG, stop, f"{_WITHIN}+{CLOSING_TAG}")
     raise UserError(f"unknown prompt style {style!r}; choose one of {', '.join(STYLES)}")
 
 

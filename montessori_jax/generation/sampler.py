@@ -6,7 +6,7 @@ looks for stop strings, ends what is finished and fills what is vacant.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -63,7 +63,7 @@ class JaxSampler:
         stop: tuple[str, ...] = (),
         seed: int,
         finished: Collection[str] = (),
-    ) -> Iterator[list[Completion]]:
+    ) -> Generator[list[Completion], None, None]:
         """See `Generator.generate`; prompts come one at a time, in the order of ``requests``.
 
         That order makes a journal of them the same whether or not a run was interrupted; a prompt
@@ -95,6 +95,8 @@ class JaxSampler:
     def _check(self, requests: Sequence[PromptRequest], settings: SamplingConfig) -> None:
         limit = self.model.config.max_position_embeddings
         for request in requests:
+            if request.pattern:
+                raise UserError("only vLLM holds texts to a pattern: set generation.structured off")
             if not request.tokens:
                 raise UserError(f"prompt {request.id} is empty: give it at least one token")
             if len(request.tokens) + settings.max_tokens > limit:
@@ -112,7 +114,7 @@ class JaxSampler:
         samples: int,
         stop: tuple[str, ...],
         seed: int,
-    ) -> Iterator[list[Completion]]:
+    ) -> Generator[list[Completion], None, None]:
         """The completions of each prompt as soon as they are done."""
         slots, dtype = settings.prompts_per_batch, compute_dtype(settings.dtype)
         model, weights, drawing = self.model, self._laid_out(dtype), _drawing(settings)
@@ -222,6 +224,8 @@ class _Held:
                 tokens=self.tokens[sample],
                 text=ending.text,
                 finish=ending.finish,
+                prompt_tokens=0 if sample else len(self.request.tokens),
+                generated_tokens=len(self.tokens[sample]),
                 stop=ending.stop,
             )
             for sample, ending in sorted(self.endings.items())

@@ -5,6 +5,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from montessori_jax.errors import UserError
+from montessori_jax.models.config import ModelConfig
 from montessori_jax.models.decoder import Model, Params
 from montessori_jax.models.families import TOKEN_IDS, family_of, to_hf_config
 from montessori_jax.models.loaded import LoadedModel, fingerprint
@@ -48,24 +50,42 @@ def load_folder(
         UserError: anything missing, broken or unsupported, in one line that names it.
     """
     folder = Path(path)
+    head = read_head(folder)
+    params = to_params(head.config, Shards(_weight_files(folder)), dtype=dtype, origin=str(folder))
+    return LoadedModel(
+        name=name or str(folder),
+        model=Model(head.config),
+        params=params,
+        tokenizer=head.tokenizer,
+        generation=head.generation,
+        fingerprint=fingerprint(model_files(folder)),
+    )
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a folder says of a model beside its weights; see `LoadedModel`."""
+
+    config: ModelConfig
+    tokenizer: Any
+    generation: dict[str, Any]
+
+
+def read_head(folder: Path) -> Head:
+    """Configuration, tokenizer and generation settings of a folder whose weights are there.
+
+    Raises:
+        UserError: see `load_folder`.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     config_json = _read_json(folder / CONFIG, "is this a Hugging Face model folder?")
     config = family_of(config_json, str(folder / CONFIG))
-    files = _weight_files(folder)
-    tokenizer = load_tokenizer(folder)
-    params = to_params(config, Shards(files), dtype=dtype, origin=str(folder))
+    _weight_files(folder)
     generation = {key: config_json[key] for key in TOKEN_IDS if config_json.get(key) is not None}
     if (folder / GENERATION).is_file():
         generation |= _read_json(folder / GENERATION, "")
-    return LoadedModel(
-        name=name or str(folder),
-        model=Model(config),
-        params=params,
-        tokenizer=tokenizer,
-        generation=generation,
-        fingerprint=fingerprint(model_files(folder)),
-    )
+    return Head(config, load_tokenizer(folder), generation)
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -12,7 +12,10 @@ from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.tables import Table, read_table
 from montessori_jax.errors import UserError
 from montessori_jax.models.loaded import LoadedModel
+from montessori_jax.models.sources import model_fingerprint
 from montessori_jax.runs import remove_tree
+from montessori_jax.serving.probe import write_probe
+from montessori_jax.stages.probe import greedy_texts, probe_texts
 from montessori_jax.stages.trained import export, step_flops, to_train
 from montessori_jax.training.checkpoints import Checkpoints
 from montessori_jax.training.dpo import evaluate_dpo, train_dpo
@@ -82,6 +85,7 @@ def dpo(
     work: Work,
     *,
     heldout: str | None = None,
+    probe: bool = False,
 ) -> dict[str, Any]:
     """Tune ``teacher``; measure held-out pairs before and after, on the policy and its reference.
 
@@ -91,6 +95,7 @@ def dpo(
         settings: loss, optimizer and numerics.
         work: where to write.
         heldout: pairs to measure on; by default the folder's ``heldout``, if any.
+        probe: leave ``probe.json``, by which a server of the tuned teacher can be checked.
     """
     folder = Path(pairs)
     if folder.is_dir():
@@ -119,6 +124,8 @@ def dpo(
     # The reference's pass over every pair, the tuned teacher's over the held-out ones.
     passes = sum(pair.length for pair in (*everything, *held))
     work.meter.count(flops=2.0 * parameters * passes)
+    asked = greedy_texts(teacher, training) if probe else []
+    old = pair_log_probs(model, teacher.params, asked, settings)
     # With LoRA the reference is the policy with its adapter left out.
     model, params = to_train(teacher, settings, work.seed)
     metrics = work.metrics()
@@ -159,8 +166,12 @@ def dpo(
         "last_margin": rows[-1]["reward_margin"],
         "kl": rows[-1]["kl"],
     }
+    new = pair_log_probs(model, state.params, asked, settings)
     card = _card(teacher, settings, result)
     export(work.folder, "teacher", model, state.params, teacher, card)
+    if asked:
+        fingerprint = model_fingerprint(str(work.folder / "teacher"))
+        write_probe(work.folder, fingerprint, probe_texts(asked, old, new))
     remove_tree(work.folder / CHECKPOINTS)
     return result
 

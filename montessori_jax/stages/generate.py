@@ -4,19 +4,25 @@ Writes ``data.parquet`` with its card, ``prompts.jsonl`` (what the teacher was a
 ``dropped.jsonl`` (what was not kept, and why). Resumes prompt by prompt.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from montessori_jax.config import GenerationConfig, ResponseConfig, SamplingConfig, as_dict
+from montessori_jax.config import (
+    GenerationConfig,
+    Price,
+    ResponseConfig,
+    SamplingConfig,
+    as_dict,
+)
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.rows import read_rows
 from montessori_jax.data.writing import DatasetCard, write_dataset_card, write_jsonl
-from montessori_jax.dtypes import compute_dtype
 from montessori_jax.errors import UserError
 from montessori_jax.generation.collapse import check_yield
 from montessori_jax.generation.filters import FilterReport, FilterSettings, InstructionFilter
-from montessori_jax.generation.generator import Generator, PromptRequest
+from montessori_jax.generation.generator import PromptRequest
 from montessori_jax.generation.parsing import parse_instruction
 from montessori_jax.generation.prompts import (
     Prompt,
@@ -26,8 +32,7 @@ from montessori_jax.generation.prompts import (
     task_text,
 )
 from montessori_jax.generation.responses import finished_part
-from montessori_jax.generation.sampler import JaxSampler
-from montessori_jax.models.loaded import LoadedModel
+from montessori_jax.generation.teacher import Teacher
 from montessori_jax.runs import Journal, value_hash
 from montessori_jax.seeding import derive_seed
 from montessori_jax.work import Work
@@ -67,8 +72,20 @@ def encode_prompt(chat: ChatFormat, prompt: Prompt) -> tuple[int, ...]:
     return tuple(chat.encode_prompt(prompt.messages, prefill=prompt.prefill))
 
 
+def as_request(
+    teacher: Teacher, name: str, prompt: Prompt, row: int, *, structured: bool = False
+) -> PromptRequest:
+    """A prompt as the teacher's generator takes it: ids, or messages where it makes its own."""
+    pattern = prompt.pattern if structured else ""
+    if teacher.chat is not None:
+        return PromptRequest(name, encode_prompt(teacher.chat, prompt), row, pattern=pattern)
+    # A prefill cannot be said in messages; without any, the back-end refuses the request.
+    messages = () if prompt.prefill else tuple(prompt.messages or ())
+    return PromptRequest(name, (), row, messages, pattern)
+
+
 def sample(
-    generator: Generator,
+    teacher: Teacher,
     requests: Sequence[PromptRequest],
     settings: SamplingConfig,
     journal: Journal,
@@ -79,16 +96,16 @@ def sample(
     seed: int,
     label: str,
     total: int,
-    parameters: int,
 ) -> dict[str, list[dict[str, Any]]]:
     """Completions by prompt id, journalled prompt by prompt; finished ones are not asked again."""
     finished = [one for record in journal.records for one in record["completions"]]
     done = {one["prompt_id"] for one in finished}
-    with work.bar(total, "text", label, done=len(finished)) as bar:
-        batches = generator.generate(
-            requests, settings, samples=samples, stop=stop, seed=seed, finished=done
-        )
-        lengths = {request.id: len(request.tokens) for request in requests}
+    batches = teacher.generator.generate(
+        requests, settings, samples=samples, stop=stop, seed=seed, finished=done
+    )
+    price = teacher.price or Price()
+    bar = work.bar(total, "text", label, done=len(finished))
+    with bar, contextlib.closing(batches):
         for batch in batches:
             # A batch is one line: a kill leaves all of it or nothing.
             made = [
@@ -98,16 +115,17 @@ def sample(
                     # A stop string belongs to the answer that it ended.
                     "text": one.text + one.stop,
                     "finish": one.finish,
-                    "tokens": len(one.tokens),
+                    "tokens": one.generated_tokens,
                 }
                 for one in batch
             ]
             journal.append({"completions": made})
             finished += made
-            prompted = sum(lengths[name] for name in {one.prompt_id for one in batch})
-            generated = sum(len(one.tokens) for one in batch)
+            prompted = sum(one.prompt_tokens for one in batch)
+            generated = sum(one.generated_tokens for one in batch)
             work.meter.count(
-                flops=2.0 * parameters * (prompted + generated),
+                flops=2.0 * teacher.parameters * (prompted + generated),
+                dollars=(price.prompt * prompted + price.generated * generated) / 1e6,
                 prompt_tokens=prompted,
                 generated_tokens=generated,
             )
@@ -124,7 +142,7 @@ def sample(
 
 
 def generate(
-    teacher: LoadedModel,
+    teacher: Teacher,
     seeds: str,
     settings: GenerationConfig,
     responses: ResponseConfig,
@@ -146,14 +164,18 @@ def generate(
     pool = [
         task_text(r.instruction, r.input) for r in read_rows(seeds, need_response=False).require()
     ]
-    chat = ChatFormat.of(teacher)
-    pool = _short_enough(pool, chat, teacher, settings, work)
-    generator = JaxSampler(teacher.model, teacher.params, chat)
+    pool = _short_enough(pool, teacher, settings, work)
     dtypes = {
-        "instructions": compute_dtype(settings.dtype),
-        "responses": compute_dtype(responses.dtype),
+        "instructions": teacher.computes_in(settings.dtype),
+        "responses": teacher.computes_in(responses.dtype),
     }
+    if not teacher.seeded:
+        work.say(
+            f"{teacher.back_end} takes no seeds here: another run writes other texts (this one "
+            "keeps what it has)"
+        )
     key = {
+        "generator": teacher.back_end,
         "teacher": teacher.fingerprint,
         "seeds": value_hash(pool),
         "prompts": prompts,
@@ -187,9 +209,12 @@ def generate(
             for index in range(first, last)
         ]
         asked += questions
-        requests = [PromptRequest(q.id, encode_prompt(chat, q.prompt), q.index) for q in questions]
+        requests = [
+            as_request(teacher, q.id, q.prompt, q.index, structured=settings.structured)
+            for q in questions
+        ]
         texts = sample(
-            generator,
+            teacher,
             requests,
             settings,
             journal,
@@ -199,7 +224,6 @@ def generate(
             seed=derive_seed(work.seed, "instructions"),
             label="instructions",
             total=prompts * settings.samples,
-            parameters=teacher.model.parameter_count(),
         )
         for question in questions:
             for record in texts[question.id]:
@@ -233,9 +257,7 @@ def generate(
         )
     if not kept:
         raise UserError(f"no instruction was kept of {report.attempts}: {report.to_dict()}")
-    rows, unanswered = _respond(
-        chat, generator, kept, responses, key, work, teacher.model.parameter_count()
-    )
+    rows, unanswered = _respond(teacher, kept, responses, key, work)
     write_jsonl(work.file("prompts.jsonl"), [question.as_row() for question in asked])
     write_jsonl(work.file("dropped.jsonl"), [*dropped, *unanswered])
     result = {
@@ -245,6 +267,8 @@ def generate(
         "yield": round(report.yielded, 4),
         "dropped": {**dict(report.ordered()), "no_response": len(unanswered)},
         "rows": len(rows),
+        "generator": teacher.back_end,
+        "seeded": teacher.seeded,
         "dtypes": dtypes,
     }
     card = DatasetCard(
@@ -269,13 +293,15 @@ def generate(
 
 def _short_enough(
     pool: list[str],
-    chat: ChatFormat,
-    teacher: LoadedModel,
+    teacher: Teacher,
     settings: GenerationConfig,
     work: Work,
 ) -> list[str]:
     """Seeds of which a prompt full still leaves room for the answer; the others are reported."""
-    room = teacher.model.config.max_position_embeddings - settings.max_tokens
+    chat = teacher.chat
+    if chat is None or teacher.positions is None:
+        return pool  # that server counts for itself, and has more room than prompts need
+    room = teacher.positions - settings.max_tokens
     share = room // (settings.seed_exemplars + settings.generated_exemplars + 2)
     short = [text for text in pool if len(chat.encode_text(text)) <= share]
     if len(short) < len(pool):
@@ -284,26 +310,25 @@ def _short_enough(
 
 
 def _respond(
-    chat: ChatFormat,
-    generator: Generator,
+    teacher: Teacher,
     kept: list[dict[str, Any]],
     settings: ResponseConfig,
     key: dict[str, Any],
     work: Work,
-    parameters: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows with a response, and the rows whose response was empty, with the cause."""
     journal = Journal(work.file("responses.jsonl"), {**key, "responses": as_dict(settings)})
     requests = [
-        PromptRequest(
+        as_request(
+            teacher,
             row["id"],
-            encode_prompt(chat, build_response_prompt(row["instruction"])),
+            build_response_prompt(row["instruction"]),
             derive_seed(0, row["id"]),
         )
         for row in kept
     ]
     texts = sample(
-        generator,
+        teacher,
         requests,
         settings,
         journal,
@@ -313,7 +338,6 @@ def _respond(
         seed=derive_seed(work.seed, "responses"),
         label="responses",
         total=len(kept),
-        parameters=parameters,
     )
     rows, unanswered = [], []
     for row in kept:

@@ -1,0 +1,66 @@
+"""Every setting of every stage: frozen dataclasses, strict about names, types and bounds.
+
+Field descriptions are what ``--help`` prints. `montessori_jax.config_file` fills them from YAML.
+"""
+
+from montessori_jax.config.fields import (
+    as_dict,
+    setting,
+)
+from montessori_jax.config.generation import (
+    FilterConfig,
+    GenerationConfig,
+    ResponseConfig,
+    SamplingConfig,
+)
+from montessori_jax.config.influence import (
+    InfluenceConfig,
+    PreferencesConfig,
+)
+from montessori_jax.config.run import (
+    GENERATOR_HELP,
+    DataConfig,
+    EvaluationConfig,
+    GeneratorName,
+    RunConfig,
+)
+from montessori_jax.config.serving import (
+    Price,
+    UrlConfig,
+    VllmConfig,
+)
+from montessori_jax.config.training import (
+    ATTENTION_HELP,
+    Attention,
+    DpoConfig,
+    OptimizerConfig,
+    SftConfig,
+    TrainingConfig,
+    WarmupConfig,
+)
+
+__all__ = [
+    "ATTENTION_HELP",
+    "GENERATOR_HELP",
+    "Attention",
+    "DataConfig",
+    "DpoConfig",
+    "EvaluationConfig",
+    "FilterConfig",
+    "GenerationConfig",
+    "GeneratorName",
+    "InfluenceConfig",
+    "OptimizerConfig",
+    "PreferencesConfig",
+    "Price",
+    "ResponseConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "SftConfig",
+    "TrainingConfig",
+    "UrlConfig",
+    "VllmConfig",
+    "WarmupConfig",
+    "as_dict",
+    "setting",
+]

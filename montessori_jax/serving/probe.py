@@ -1,0 +1,113 @@
+"""Whether a server has the weights that it should: log-probs of a few texts, its own and ours.
+
+A DPO stage leaves ``probe.json`` beside the teacher that it exports: greedy texts of the teacher
+before it was tuned, with the trainer's log-probs of their tokens before and after. A server that
+was handed the new weights must give the latter.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from montessori_jax.errors import UserError
+from montessori_jax.runs import write_json
+from montessori_jax.serving.requests import error_text
+
+FILE = "probe.json"
+# Largest mean difference of a log-prob in nats by the server's dtype. Measured on SmolLM2 in
+# float32: 1e-5; bfloat16 rounds logits near 20 by up to 0.06.
+TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
+# Below this a change of weights cannot be told from rounding.
+VISIBLE = 1e-3
+
+
+@dataclass(frozen=True)
+class ProbeText:
+    """A text and the log-probs in nats of its tokens from ``start`` on.
+
+    ``before`` by the model that was trained, ``after`` by what it became.
+    """
+
+    tokens: list[int]
+    start: int
+    before: list[float]
+    after: list[float]
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """Mean absolute differences of log-probs: of the server from the new and the old weights, and
+    of those two from each other."""
+
+    from_new: float
+    from_old: float
+    moved: float
+    tokens: int
+
+
+def write_probe(folder: Path, fingerprint: str, texts: Sequence[ProbeText]) -> None:
+    """Write ``probe.json`` into ``folder`` for the model of that fingerprint."""
+    write_json(folder / FILE, {"model": fingerprint, "texts": [asdict(text) for text in texts]})
+
+
+def read_probe(folder: Path, fingerprint: str) -> list[ProbeText]:
+    """The texts of ``folder``'s probe; none where it has none, or one of another model."""
+    try:
+        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if values["model"] != fingerprint:
+            return []
+        return [ProbeText(**text) for text in values["texts"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
+def server_log_probs(client: httpx.Client, model: str, text: ProbeText) -> np.ndarray:
+    """The server's log-probs of the tokens from ``text.start`` on: float64, in nats."""
+    body = {
+        "model": model, "prompt": text.tokens, "max_tokens": 1, "temperature": 0,
+        "prompt_logprobs": 0,
+    }  # fmt: skip
+    answer = client.post("/v1/completions", json=body)
+    if answer.is_error:
+        raise UserError(f"vLLM refused the probe: {answer.status_code} {error_text(answer)}")
+    try:
+        found = answer.json()["choices"][0]["prompt_logprobs"]
+        pairs = zip(found[text.start :], text.tokens[text.start :], strict=True)
+        return np.array([place[str(token)]["logprob"] for place, token in pairs])
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"vLLM's answer to the probe has no log-probs ({error!r})") from None
+
+
+def check_hand_over(
+    url: str, key: str, model: str, texts: Sequence[ProbeText], *, dtype: str, name: str
+) -> HandOver:
+    """Compare the server's log-probs with the trainer's.
+
+    Raises:
+        UserError: they differ by more than ``dtype`` explains, or are nearer to the old weights
+            than to the new ones; with both numbers.
+    """
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=url, headers=headers, timeout=600.0) as client:
+        served = np.concatenate([server_log_probs(client, model, text) for text in texts])
+    new = np.concatenate([text.after for text in texts])
+    old = np.concatenate([text.before for text in texts])
+    found = HandOver(
+        from_new=float(np.abs(served - new).mean()),
+        from_old=float(np.abs(served - old).mean()),
+        moved=float(np.abs(new - old).mean()),
+        tokens=len(served),
+    )
+    stale = found.moved > VISIBLE and found.from_old < found.from_new
+    if stale or not found.from_new <= TOLERANCE[dtype]:
+        raise UserError(
+            f"vLLM does not serve {name}: mean log-prob of {found.tokens} tokens is "
+            f"{served.mean():.4f} there and {new.mean():.4f} by the trainer, {found.from_new:.4f} "
+            f"nats a token apart ({TOLERANCE[dtype]} is allowed in {dtype}), and "
+            f"{found.from_old:.4f} from the weights before"
+        )
+    return found
