@@ -73,6 +73,11 @@ def environment_for(settings: VllmConfig) -> Environment:
     return found
 
 
+def api_key(variable: str) -> str:
+    """A key from the environment, or ""."""
+    return os.environ.get(variable, "") if variable else ""
+
+
 @lru_cache
 def _look(python: str) -> Environment | None:
     try:

@@ -7,7 +7,7 @@ was handed the new weights must give the latter.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import httpx
@@ -29,13 +29,17 @@ VISIBLE = 1e-3
 class ProbeText:
     """A text and the log-probs in nats of its tokens from ``start`` on.
 
-    ``before`` by the model that was trained, ``after`` by what it became.
+    ``after`` by the model that it is a probe of, ``before`` by the one that must be told apart.
     """
 
     tokens: list[int]
     start: int
     before: list[float]
     after: list[float]
+
+
+class WrongWeights(UserError):
+    """A server that does not serve what it should."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +53,35 @@ class HandOver:
     tokens: int
 
 
-def write_probe(folder: Path, fingerprint: str, texts: Sequence[ProbeText]) -> None:
-    """Write ``probe.json`` into ``folder`` for the model of that fingerprint."""
-    write_json(folder / FILE, {"model": fingerprint, "texts": [asdict(text) for text in texts]})
+def write_probe(folder: Path, model: str, base: str, texts: Sequence[ProbeText]) -> None:
+    """Write ``probe.json`` into ``folder``, for the fingerprints of a tuned model and its base."""
+    values = {"model": model, "base": base, "texts": [asdict(text) for text in texts]}
+    write_json(folder / FILE, values)
 
 
-def read_probe(folder: Path, fingerprint: str) -> list[ProbeText]:
-    """The texts of ``folder``'s probe; none where it has none, or one of another model."""
-    try:
-        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if values["model"] != fingerprint:
-            return []
-        return [ProbeText(**text) for text in values["texts"]]
-    except (OSError, ValueError, LookupError, TypeError):
-        return []
+@dataclass
+class Probes:
+    """Probes met so far, by the fingerprint of the model that they tell of.
+
+    A tuned model's probe tells of its base as well, whose log-probs are the ones before.
+    """
+
+    known: dict[str, list[ProbeText]] = field(default_factory=dict)
+
+    def of(self, folder: Path, fingerprint: str) -> list[ProbeText]:
+        """The texts for a model, from ``folder``'s probe if it is one of it; none if unknown."""
+        try:
+            values = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            texts = [ProbeText(**text) for text in values["texts"]]
+            model, base = str(values["model"]), str(values["base"])
+        except (OSError, ValueError, LookupError, TypeError):
+            texts, model, base = [], "", ""
+        if texts and model == fingerprint:
+            self.known[model] = texts
+            self.known.setdefault(
+                base, [replace(one, before=one.after, after=one.before) for one in texts]
+            )
+        return self.known.get(fingerprint, [])
 
 
 def server_log_probs(client: httpx.Client, model: str, text: ProbeText) -> np.ndarray:
@@ -88,7 +107,7 @@ def check_hand_over(
     """Compare the server's log-probs with the trainer's.
 
     Raises:
-        UserError: they differ by more than ``dtype`` explains, or are nearer to the old weights
+        WrongWeights: they differ by more than ``dtype`` explains, or are nearer to the old weights
             than to the new ones; with both numbers.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -104,7 +123,7 @@ def check_hand_over(
     )
     stale = found.moved > VISIBLE and found.from_old < found.from_new
     if stale or not found.from_new <= TOLERANCE[dtype]:
-        raise UserError(
+        raise WrongWeights(
             f"vLLM does not serve {name}: mean log-prob of {found.tokens} tokens is "
             f"{served.mean():.4f} there and {new.mean():.4f} by the trainer, {found.from_new:.4f} "
             f"nats a token apart ({TOLERANCE[dtype]} is allowed in {dtype}), and "

@@ -158,20 +158,18 @@ def stream(
             await everything()
         except BaseExceptionGroup as failures:
             finished.put(("error", _first(failures)))
-        except asyncio.CancelledError:
-            pass
-        finally:
-            if clean_up is not None:
-                await clean_up()
-            finished.put(("end", None))
 
     running = loop.create_task(main())
 
     def run() -> None:
         try:
-            loop.run_until_complete(running)
+            with contextlib.suppress(asyncio.CancelledError):
+                loop.run_until_complete(running)
+            if clean_up is not None:
+                loop.run_until_complete(clean_up())
         finally:
             loop.close()
+            finished.put(("end", None))
 
     def tell(callback: Callable[[], Any]) -> None:
         # The loop is closed once its last answer waits to be read.

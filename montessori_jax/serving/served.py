@@ -1,12 +1,19 @@
 """What a server is given to serve: a Hugging Face folder, and the adapter that it is made of."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from montessori_jax.errors import UserError
 from montessori_jax.models.adapter_folder import is_adapter, read_adapter_config
-from montessori_jax.models.folder import save_folder
-from montessori_jax.models.sources import base_of, cache_folder, load_model, resolve
+from montessori_jax.models.folder import Head, read_head, save_folder
+from montessori_jax.models.sources import (
+    base_of,
+    cache_folder,
+    load_model,
+    model_fingerprint,
+    resolve,
+)
 
 ADAPTER = "adapter"  # beside an exported model, where it was tuned with LoRA
 
@@ -33,12 +40,42 @@ def servable(source: str, fingerprint: str, dtype: str, say: Callable[[str], Non
     return folder
 
 
-def adapter_of(folder: Path) -> tuple[Path, str, int] | None:
-    """Folder, base and rank of the adapter that ``folder`` was merged from; None without one."""
+@dataclass(frozen=True)
+class Served:
+    """A model as a server is given it.
+
+    ``source`` is its name, ``folder`` the Hugging Face folder, ``head`` what that says beside the
+    weights.
+    """
+
+    source: str
+    fingerprint: str
+    folder: Path
+    head: Head
+
+    @classmethod
+    def of(cls, source: str, dtype: str, say: Callable[[str], None]) -> "Served":
+        """See `servable`."""
+        fingerprint = model_fingerprint(source)
+        folder = servable(source, fingerprint, dtype, say)
+        return cls(source, fingerprint, folder, read_head(folder))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's folder, the name of the model that it is for, and its rank."""
+
+    folder: Path
+    base: str
+    rank: int
+
+
+def adapter_of(folder: Path) -> Adapter | None:
+    """The adapter that ``folder`` was merged from, if it lies beside it."""
     beside = folder.with_name(ADAPTER)
-    if folder.is_symlink() or not is_adapter(beside):
+    if not is_adapter(beside):
         return None
     try:
-        return beside, base_of(beside), int(read_adapter_config(beside)["r"])
+        return Adapter(beside, base_of(beside), int(read_adapter_config(beside)["r"]))
     except (UserError, KeyError, TypeError, ValueError):
         return None  # the merged folder serves as well

@@ -8,6 +8,7 @@ import httpx
 
 from montessori_jax.config import VllmConfig
 from montessori_jax.errors import UserError
+from montessori_jax.serving.requests import error_text
 from montessori_jax.serving.sidecar import MODEL, Sidecar
 from montessori_jax.stopping import Stop
 
@@ -79,8 +80,10 @@ class ManagedServer:
         self.adapter, self.folder, self.base = None, folder, base
         self.sidecar.start(folder)
         self.starts += 1
-        if adapter is not None:
-            self.load_adapter(*adapter)
+        if adapter is not None and not self.load_adapter(*adapter):
+            raise UserError(
+                f"vLLM took the adapter {adapter[1]} before and does not after a restart"
+            )
 
     def reload(self, folder: Path, base: str) -> bool:
         """Take ``folder``'s weights in place; False where the server cannot (then restart it)."""
@@ -90,14 +93,19 @@ class ManagedServer:
         self.folder, self.base, self.adapter = folder, base, None
         return True
 
-    def load_adapter(self, name: str, folder: Path) -> None:
-        """Put an adapter beside the base under a ``name`` of its own and ask for it from now on."""
+    def load_adapter(self, name: str, folder: Path) -> bool:
+        """Put an adapter beside the base under a ``name`` of its own and ask for it from now on.
+
+        False where the server cannot.
+        """
         with _client(self.url, self.key) as client:
             body = {"lora_name": name, "lora_path": str(folder.absolute())}
             answer = client.post("/v1/load_lora_adapter", json=body)
         if answer.is_error:
-            raise UserError(f"vLLM refused the adapter {folder}: {answer.text[:300]}")
+            self.sidecar.say(f"vLLM refused the adapter {folder}: {error_text(answer)}")
+            return False
         self.adapter = (name, folder)
+        return True
 
     def end(self) -> None:
         """End the process; the next `restart` starts another."""

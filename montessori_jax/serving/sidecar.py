@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -24,7 +25,8 @@ from montessori_jax.stopping import Stop
 MODEL = "teacher"
 """What the model of a managed server is called in requests."""
 
-TAIL_LINES = 12
+TAIL_LINES, LAST_LINES = 8, 500
+TELLING = re.compile(r"Error\b|\bERROR\b|CRITICAL")
 GRACE_SECONDS = 10.0
 # Ranks that vLLM has LoRA kernels for (its ``--max-lora-rank``).
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -157,11 +159,16 @@ class Sidecar:
                 process.wait()
 
     def tail(self) -> str:
-        """The last lines of the server's log."""
+        """The last lines of the server's log that name errors; without any, the last lines."""
+        lines = self._last_lines()
+        telling = list(dict.fromkeys(line for line in lines if TELLING.search(line)))
+        return "\n".join(f"  | {line[:300]}" for line in (telling or lines)[-TAIL_LINES:])
+
+    def _last_lines(self) -> list[str]:
         if self.log is None or not self.log.exists():
-            return "(no log)"
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(f"  | {line[:400]}" for line in lines[-TAIL_LINES:])
+            return ["(no log)"]
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        return text.splitlines()[-LAST_LINES:]
 
     def _next_log(self) -> Path:
         try:
@@ -179,7 +186,7 @@ class Sidecar:
                 if not self.alive():
                     raise UserError(
                         f"vLLM ended while it started; the end of {self.log}:\n{self.tail()}\n"
-                        f"{advice(self.tail())}"
+                        f"{advice(self._last_lines())}"
                     )
                 with contextlib.suppress(httpx.TransportError, json.JSONDecodeError):
                     if client.get("/health").is_success:
@@ -193,12 +200,12 @@ class Sidecar:
         self.say(f"vLLM answers after {time.monotonic() - began:.0f} s")
 
 
-def advice(tail: str) -> str:
+def advice(log: list[str]) -> str:
     """What to change, read off the end of a log."""
-    lowered = tail.lower()
+    lowered = "\n".join(line for line in log if TELLING.search(line)).lower()
     if "address already in use" in lowered:
         return "another process took the port: run it again"
-    if "out of memory" in lowered or "free memory" in lowered or "sigkill" in lowered:
+    if re.search(r"out of memory|(free|available|allocate|enough) memory", lowered):
         return (
             "it ran out of memory: lower vllm.gpu_memory_utilization (vllm.kv_cache_gib on a CPU), "
             "vllm.max_model_len or vllm.max_num_seqs"

@@ -170,8 +170,8 @@ def dpo(
     card = _card(teacher, settings, result)
     export(work.folder, "teacher", model, state.params, teacher, card)
     if asked:
-        fingerprint = model_fingerprint(str(work.folder / "teacher"))
-        write_probe(work.folder, fingerprint, probe_texts(asked, old, new))
+        tuned = model_fingerprint(str(work.folder / "teacher"))
+        write_probe(work.folder, tuned, teacher.fingerprint, probe_texts(asked, old, new))
     remove_tree(work.folder / CHECKPOINTS)
     return result
 

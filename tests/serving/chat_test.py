@@ -117,7 +117,8 @@ def test_a_stage_counts_tokens_and_money_and_goes_on_where_it_stopped(url, serve
         with pytest.raises(UserError, match="no instruction was kept of 8"):
             once("run")
         (row,) = read_ledger(ledger)
-        journal = [json.loads(line) for line in (tmp_path / "run/instructions.jsonl").open()][1:]
+        lines = (tmp_path / "run" / "instructions.jsonl").read_text().splitlines()
+        journal = [json.loads(line) for line in lines[1:]]
         assert sorted(one["completions"][0]["prompt_id"] for one in journal) == [
             f"p{i:05d}" for i in range(4)
         ]

@@ -10,7 +10,7 @@ from montessori_jax.generation.teacher import Teacher
 from montessori_jax.models.folder import load_folder
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.serving.environment import Environment, find_environment
-from montessori_jax.serving.teachers import VllmTeachers
+from montessori_jax.serving.vllm_teachers import VllmTeachers
 from montessori_jax.stopping import Stop
 from tests.tiny_world import write_tiny_teacher
 

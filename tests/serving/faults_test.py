@@ -23,12 +23,12 @@ from montessori_jax.errors import UserError
 from montessori_jax.generation.generator import PromptRequest
 from montessori_jax.generation.prompts import build_instruction_prompt
 from montessori_jax.generation.teacher import Teacher
-from montessori_jax.serving import guard
 from montessori_jax.serving.servers import ManagedServer
 from montessori_jax.serving.vllm import VllmGenerator
 from montessori_jax.stages.generate import as_request, generate
 from montessori_jax.work import Work
 from tests.serving.conftest import SETTINGS, open_vllm
+from tests.serving.guard_test import running
 from tests.serving.proxy import Proxy
 
 ROOT = Path(__file__).parents[2]
@@ -130,19 +130,25 @@ def test_a_request_has_its_own_time_limit(served, proxy, requests):
 # Only from here on is the server itself harmed: these tests have one of their own.
 
 
+def descendants(pid: int) -> list[int]:
+    """A process' children, their children and so on."""
+    every = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
+    parents = [tuple(map(int, line.split())) for line in every.stdout.splitlines()]
+    own = [child for child, parent in parents if parent == pid]
+    return [*own, *(one for child in own for one in descendants(child))]
+
+
 def processes_of(server: ManagedServer) -> list[int]:
-    """The server's process group: vLLM, its engine and their helpers, without the guard."""
-    (child,) = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(server.sidecar._process.pid)],
-        capture_output=True, text=True, check=True,
-    ).stdout.split()  # fmt: skip
-    every = subprocess.run(["ps", "-eo", "pid=,pgid="], capture_output=True, text=True, check=True)
-    rows = (line.split() for line in every.stdout.splitlines())
-    return [int(pid) for pid, group in rows if group == child]
+    """vLLM, its engine and their helpers, without the guard."""
+    return descendants(server.sidecar._process.pid)
 
 
-def running(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+def assert_running(pids: list[int], want: bool) -> None:
+    """All of them run, or within half a minute none of them does."""
+    deadline = time.monotonic() + (0 if want else 30)
+    while not want and any(map(running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [pid for pid in pids if running(pid)] == (pids if want else [])
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
@@ -163,15 +169,15 @@ def test_a_lost_server_is_restarted_in_the_middle_of_a_batch(how, vllm, tiny_fol
             found[made[0].prompt_id] = made
         assert sorted(found) == [f"p{i}" for i in range(8)]
         assert server.starts == 2
-        assert not running(first)
+        assert_running(first, False)
         assert sorted(path.name for path in tmp_path.glob("*.log")) == [
             "server-01.log", "server-02.log",
         ]  # fmt: skip
         last = processes_of(server)
-        assert running(last) == last
+        assert_running(last, True)
     finally:
         teachers.close()
-    assert not running(last)
+    assert_running(last, False)
 
 
 def test_a_start_that_runs_out_of_memory_shows_the_log_and_what_to_change(
@@ -180,7 +186,7 @@ def test_a_start_that_runs_out_of_memory_shows_the_log_and_what_to_change(
     teachers = open_vllm(tmp_path, replace(SETTINGS, kv_cache_gib=100_000))
     with pytest.raises(UserError, match=r"100000 GiB of cache exceed the .* of free memory"):
         teachers.teacher(str(tiny_folder))
-    sidecar = teachers._own().sidecar
+    sidecar = teachers.server.sidecar
     with pytest.raises(UserError, match=r"vLLM ended while it started.*\n  \| .*\n") as raised:
         sidecar.start(tiny_folder)
     assert "lower vllm.gpu_memory_utilization (vllm.kv_cache_gib on a CPU)" in str(raised.value)
@@ -191,7 +197,7 @@ def test_a_start_that_takes_too_long_is_ended(vllm, tiny_folder, tmp_path):
     teachers = open_vllm(tmp_path, replace(SETTINGS, startup_seconds=1))
     with pytest.raises(UserError, match=r"did not answer within 1 s; raise vllm\.startup_"):
         teachers.teacher(str(tiny_folder))
-    assert not teachers._own().sidecar.alive()
+    assert not teachers.server.sidecar.alive()
 
 
 KEEP_ALL = FilterConfig(
@@ -265,22 +271,15 @@ def test_our_own_death_ends_the_server_and_the_same_command_goes_on(vllm, tiny_f
             assert ours.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        started = subprocess.run(
-            ["pgrep", "-f", f"{guard.__file__}.*{tiny_folder}|api_server.*{tiny_folder}"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        pids = [int(one) for one in started.stdout.split()]
+        pids = descendants(ours.pid)
         assert len(pids) >= 2
         ours.kill()
         ours.wait()
     kept = journal(out)
-    deadline = time.monotonic() + 40
-    while running(pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    assert_running(pids, False)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     every = journal(out)
     assert every[: len(kept)] == kept
     assert sorted(every) == [(f"p{i:05d}", n) for i in range(12) for n in range(2)]
-    assert not running(pids)
+    assert_running(pids, False)

@@ -48,7 +48,7 @@ def test_every_stage_ran_and_the_tuned_teacher_came_as_an_adapter(ended):
         assert result["seeded"] is False, "seeds kill vLLM's CPU server"
     assert output.count("starting vLLM") == 1
     assert "dpo/teacher (adapter)" in output
-    assert "probe of 64 tokens: vLLM is" in output
+    assert "tokens: vLLM is" in output
     assert len(list((place / "vllm").glob("server-*.log"))) == 1
     assert json.loads((place / "summary.json").read_text())
 

