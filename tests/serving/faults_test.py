@@ -153,7 +153,7 @@ def assert_running(pids: list[int], want: bool) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_a_lost_server_is_restarted_in_the_middle_of_a_batch(how, vllm, tiny_folder, tmp_path):
-    teachers = open_vllm(tmp_path, replace(SETTINGS, max_num_seqs=2, stall_seconds=6, restarts=1))
+    teachers = open_vllm(tmp_path, replace(SETTINGS, max_num_seqs=2, stall_seconds=12, restarts=2))
     try:
         teacher = teachers.teacher(str(tiny_folder))
         server = teacher.generator.server
