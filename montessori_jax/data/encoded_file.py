@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import weakref
 from array import array
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class EncodedFile(LazySequence[EncodedChat]):
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         except OSError as error:
             raise self._full(error) from error
+        weakref.finalize(self, self._file.close)
 
     def append(self, chat: EncodedChat) -> None:
         """Write one more chat."""

@@ -92,25 +92,28 @@ class MeanLoss:
     def together(self, data: Sequence[Batch], parts: int = 1) -> Iterator[tuple[Packed, list[int]]]:
         """Candidates of `chat_candidate` packed again, many to a row, `TOKENS_TOGETHER` a part.
 
-        Yields batches of a few shapes and, for the samples of each, their indices in ``data``.
+        Yields batches and, for the samples of each, their indices in ``data``. Few shapes: rows are
+        256, 512, 1024, ... tokens long, and have targets in all or in three quarters.
         """
         chats = [unpacked(one) for one in data]
         lengths = [len(chat.tokens) for chat in chats]
-        width = bucket(max([*lengths, SHORTEST_ROW]))
+        width = 1 << (max([*lengths, SHORTEST_ROW]) - 1).bit_length()
         layout = assign_rows(lengths, width)
         most = parts * max(1, TOKENS_TOGETHER // width)
         for start in range(0, len(layout), most):
             rows = layout[start : start + most]
             members = [index for row in rows for index in row]
             places = {index: place for place, index in enumerate(members)}
+            fullest = max(sum(count_targets(chats[index]) for index in row) for row in rows)
             batch = pack(
                 [chats[index] for index in members],
                 [[places[index] for index in row] for row in rows],
                 row_length=width,
+                slots=3 * width // 4 if fullest <= 3 * width // 4 else width,
                 rows=min(most, parts * bucket(-(-len(rows) // parts), 1)),
             )
             batch = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
-            numbers = np.tile(np.arange(bucket(len(members)), dtype=np.int32), (parts, 1))
+            numbers = np.tile(np.arange(bucket(len(data)), dtype=np.int32), (parts, 1))
             yield Packed(batch, numbers), members  # type: ignore[arg-type]
 
     def each(self, params: Params, packed: Packed) -> Float[Array, " samples"]:

@@ -1,0 +1,101 @@
+"""Pools of any size: memory that does not grow with them, and a handful of programs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models import tiny
+
+# One run of the command in a process of its own, and its peak of memory (as Linux has it, in kB).
+RUN = """
+import resource, sys
+from montessori_jax.cli import run
+code = run(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+sys.exit(code)
+"""
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w4 ' if m['role'] == 'assistant' else 'w3 ' }}"
+    "{{ m['content'] + ' w2 ' }}{% endfor %}{% if add_generation_prompt %}{{ 'w4 ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("students") / "tiny"
+    shape = {"num_hidden_layers": 1, "max_position_embeddings": 512}
+    tiny.torch_model({**tiny.CONFIG, **shape}).save_pretrained(folder)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows(count: int, shortest: int, longest: int):
+    """Rows of ``shortest`` to ``longest`` tokens in turn, no two alike; 3 letters a token."""
+    for i in range(count):
+        size = shortest + (37 * i) % (longest - shortest)
+        words = [f"w{5 + (7 * i + k * (1 + i % 5)) % 54}" for k in range(size)]
+        yield {
+            "instruction": " ".join(words[: size // 3]),
+            "response": " ".join(words[size // 3 :]),
+        }
+
+
+def score(
+    folder: Path, student: Path, method: str, pool, *more: str
+) -> tuple[list[dict], int, int]:
+    """The scores, how many programs were compiled, and the peak in MiB."""
+    folder.mkdir()
+    candidates, reference, out = (folder / f"{n}.jsonl" for n in ("rows", "reference", "scores"))
+    with candidates.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in pool)
+    reference.write_text("".join(json.dumps(row) + "\n" for row in rows(4, 20, 60)))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", RUN, "influence", "--student", student, "--quiet"),
+            *("--candidates", candidates, "--reference", reference, "--out", out),
+            *("--method", method, "--audit", "0", "--optimizer", "sgd", "--learning-rate", "1e-2"),
+            *more,
+        ],
+        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    programs = int(re.search(r"(\d+) programs compiled", done.stdout)[1])
+    peak = int(re.search(r"peak (\d+)", done.stdout)[1])
+    return [json.loads(line) for line in out.open()], programs, peak
+
+
+@pytest.mark.parametrize("method", ["first_order", "linearized"])
+def test_programs_do_not_grow_with_candidates(student, tmp_path, method):
+    # Lengths of 10 to 200 tokens: at most four lengths of rows, whatever their number.
+    few = score(tmp_path / "few", student, method, rows(40, 10, 200))
+    many = score(tmp_path / "many", student, method, rows(200, 10, 200))
+    assert (len(few[0]), len(many[0])) == (40, 200)
+    assert many[1] <= few[1] + 4
+    assert all(row["influence"] is not None for row in many[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["first_order", "linearized"])
+def test_memory_does_not_grow_with_candidates(student, tmp_path, method):
+    # 10,000 candidates padded to 512 tokens are 160 MB, their texts and tokens 25.
+    found = {}
+    for count in (1000, 10_000):
+        pool = rows(count, 250, 500)
+        scores, programs, peak = score(
+            tmp_path / str(count), student, method, pool, "--chunk", "64"
+        )
+        print(f"{method}: {count} candidates, peak {peak} MiB, {programs} programs")
+        assert len({row["id"] for row in scores}) == count
+        found[count] = peak
+    assert found[10_000] < 1.05 * found[1000]
