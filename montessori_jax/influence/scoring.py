@@ -277,8 +277,9 @@ def with_method(settings: InfluenceConfig, method: str) -> InfluenceConfig:
 def candidates_of(
     chats: Sequence[EncodedChat], names: Sequence[str], settings: InfluenceConfig
 ) -> ChatCandidates:
-    """Chats as candidates, in few shapes where the method's other work outweighs padding."""
-    coarse = settings.method in ("exact", "second_order")
+    """Chats as candidates, in few shapes where the method's other work outweighs padding, and
+    where only pilots are padded (``linearized``)."""
+    coarse = settings.method in ("exact", "linearized", "second_order")
     return ChatCandidates(
         chats, names, settings.max_length, coarse=coarse, attention=attention_of(settings)
     )

@@ -220,11 +220,11 @@ def test_a_killed_run_goes_on_at_the_next_chunk_on_other_devices_and_on_no_other
     whole = score("whole")
     with pytest.raises(Interrupted):
         score("parts", stop=StopAfter(1))
-    [_, _, chunk] = read(tmp_path / "parts" / "chunks.jsonl")
+    journal = tmp_path / "parts" / "chunks.jsonl"
+    [header, choice, chunk] = read(journal)
     assert (chunk["chunk"], len(chunk["scores"])) == (0, 3)
     chunk["scores"][0]["influence"] = 12.0  # what is there already is taken as it is
-    journal = tmp_path / "parts" / "chunks.jsonl"
-    journal.write_text("".join([*journal.open()][:2]) + json.dumps(chunk) + "\n")
+    write(journal, [header, choice, chunk])
     resumed = score("parts", replace(settings, devices=2))
     assert resumed == [12.0, *(pytest.approx(one, rel=1e-3) for one in whole[1:])]
     assert any("programs compiled" in line for line in said)
