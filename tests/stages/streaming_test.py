@@ -87,17 +87,15 @@ def test_programs_do_not_grow_with_candidates(student, tmp_path, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["first_order", "linearized"])
-def test_memory_does_not_grow_with_candidates(student, tmp_path, method):
-    # 10,000 candidates padded to 512 tokens are 160 MB, their texts and tokens 25.
+def test_memory_does_not_grow_with_candidates(student, tmp_path):
+    # 9,000 candidates more would be 130 MB padded to 512 tokens, and their texts 15.
     found = {}
     for count in (1000, 10_000):
-        pool = rows(count, 250, 500)
         began = time.monotonic()
-        given = (tmp_path / str(count), student, method, pool)
+        given = (tmp_path / str(count), student, "linearized", rows(count, 250, 500))
         scores, programs, peak = score(*given, "--chunk", "64")
         seconds = time.monotonic() - began
-        print(f"{method}, {count}: {peak} MiB at most, {programs} programs, {seconds:.0f} s")
+        print(f"{count}: {peak} MiB at most, {programs} programs, {seconds:.0f} s")
         assert len({row["id"] for row in scores}) == count
         found[count] = peak
     assert found[10_000] < 1.05 * found[1000]
