@@ -24,12 +24,12 @@ from montessori_jax.errors import UserError
 
 MARKER = "done.json"
 # May differ between the runs that share a directory: where it is, how far to go, how often to
-# save, who is told. Everything else decides what the artifacts hold.
+# save, on how many devices, who is told. Everything else decides what the artifacts hold.
 FREE_KEYS = frozenset(
     ["run_dir", "iterations", "tracker", "tracker_project", "push_to_hub", "push_private",
      "stage_processes", "jax_memory_fraction"]
 )  # fmt: skip
-FREE_LEAVES = ("checkpoint_every",)
+FREE_LEAVES = ("checkpoint_every", "devices", "student_shards")
 # How servers are run; what they compute in, and which model is asked, is not free.
 FREE_SECTIONS = ("vllm.", "url.")
 BOUND = ("vllm.dtype", "url.model")

@@ -52,7 +52,15 @@ class InfluenceConfig:
         "sample", "mean over samples' means, over tokens, or over batches of 8 (the public code)"
     )
     gradient_scale: float = setting(1.0, "candidate gradients are multiplied by this", gt=0)
-    block: int = setting(0, "exact: candidates probed at a time; 0 chooses from memory", ge=0)
+    block: int = setting(
+        0, "candidates probed side by side on a device; 0 chooses from memory", ge=0
+    )
+    devices: int = setting(
+        0, "devices that candidates are split over; 0: all accelerators here, or one CPU", ge=0
+    )
+    student_shards: int = setting(
+        1, "devices that share one copy of the student's weights, of those above", ge=1
+    )
     max_length: int = setting(1024, "longest sample in tokens; the response is cut there", ge=8)
     row_length: int = setting(0, "tokens a packed reference row; 0 chooses", ge=0)
     rows_per_pass: int = setting(4, "reference rows on the device at one time", ge=1)

@@ -1,10 +1,14 @@
 """Rows -> encoded chats, with a reason for each row that cannot be one."""
 
+import hashlib
+import json
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from montessori_jax.data.chat import ChatError, ChatFormat, EncodedChat, fit
-from montessori_jax.data.rows import Row, RowFile
+from montessori_jax.data.encoded_file import EncodedFile
+from montessori_jax.data.rows import Row, RowFile, read_rows
 from montessori_jax.errors import UserError
 
 
@@ -59,6 +63,52 @@ def encode_rows(
         causes = ", ".join(f"{reason} ({n})" for reason, n in Counter(skipped.values()).items())
         raise UserError(f"{source.source}: no usable row: {causes or 'it is empty'}")
     return EncodedRows(rows, chats, skipped, cut)
+
+
+@dataclass(frozen=True)
+class RowsOnDisk:
+    """A source's rows without their texts, and the encoded chats of those that could be.
+
+    ``rows[i]`` is encoded whole as ``chats[i]``; ``reasons`` says of every other row, by its index,
+    why it is not. ``content`` is a hash of all texts and ids that were encoded.
+    """
+
+    source: RowFile
+    rows: list[Row]
+    chats: EncodedFile
+    reasons: dict[int, str]
+    content: str
+
+
+def encode_to_disk(source: str | Path, chat: ChatFormat, folder: Path) -> RowsOnDisk:
+    """As `encode_each`, row by row from file to file: memory holds names and reasons alone.
+
+    Args:
+        source: as `read_rows` takes it.
+        chat: the model's format.
+        folder: where encoded chats are kept while they are used.
+
+    Raises:
+        UserError: the source cannot be read, or ``folder`` not written to.
+    """
+    chats = EncodedFile(folder)
+    failed: dict[int, str] = {}
+    texts = hashlib.sha256()
+
+    def encode(row: Row) -> None:
+        conversation = row.conversation()
+        try:
+            chats.append(chat.encode(conversation))
+        except ChatError as error:
+            failed[row.index] = str(error)
+            return
+        texts.update(json.dumps([row.index, conversation], ensure_ascii=False).encode())
+
+    read = read_rows(source, on_row=encode)
+    rows = [row for row in read.rows if row.index not in failed]
+    texts.update(json.dumps([row.id for row in rows], ensure_ascii=False).encode())
+    reasons = {bad.index: bad.reason for bad in read.bad} | failed
+    return RowsOnDisk(read, rows, chats, reasons, texts.hexdigest()[:16])
 
 
 def encode_each(

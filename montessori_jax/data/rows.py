@@ -8,7 +8,7 @@ An optional ``id`` is a text or a whole number. Other columns are left alone.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -102,7 +102,11 @@ class _Malformed(Exception):
 
 
 def read_rows(
-    source: str | Path, *, need_response: bool = True, limit: int | None = None
+    source: str | Path,
+    *,
+    need_response: bool = True,
+    limit: int | None = None,
+    on_row: Callable[[Row], None] | None = None,
 ) -> RowFile:
     """Reads a source of instruction rows; malformed rows are set aside, not raised.
 
@@ -110,6 +114,8 @@ def read_rows(
       source: see :func:`montessori_jax.data.sources.open_records`.
       need_response: whether a row without a response is malformed.
       limit: read only the first `limit` rows, good and malformed together.
+      on_row: called with every good row as it is read, before it has its id. The rows that are
+        returned then have no texts: files of any length are read in little memory.
 
     Returns:
       The good and the malformed rows. All of them may be malformed: ``.require()`` insists on
@@ -132,7 +138,11 @@ def read_rows(
     for index, (line, record) in enumerate(islice(records.items, limit)):
         if isinstance(record, dict):
             found.update(dict.fromkeys(record))
-        parsed.append((line, *_parse(index, record, need_response)))
+        own, row = _parse(index, record, need_response)
+        if on_row is not None and isinstance(row, Row):
+            on_row(row)
+            row = replace(row, instruction="", input="", response="", messages=None)
+        parsed.append((line, own, row))
     if not parsed:
         raise UserError(f"{records.name} has no rows; expected at least one")
     if records.columns is None:

@@ -11,6 +11,7 @@ from montessori_jax.influence.audit import Audit, Choice, audit, choose_method
 from montessori_jax.influence.chats import MeanLoss, TokenLosses, chat_candidate, chat_reference
 from montessori_jax.influence.local import METHODS, local_influence
 from montessori_jax.influence.memory import block_size
+from montessori_jax.influence.mesh import make_mesh
 from montessori_jax.influence.noise import noise_floor
 from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.reference import Reference, single_batch
@@ -59,6 +60,7 @@ __all__ = [
     "choose_estimator",
     "choose_method",
     "local_influence",
+    "make_mesh",
     "measured_score",
     "noise_floor",
     "probe_of",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from montessori_jax.errors import UserError
@@ -33,7 +34,7 @@ class Aligned(NamedTuple):
     squares: list[Float[Array, "blocks lanes"]]
 
 
-@partial(jax.jit, static_argnames=("tx", "feature", "gradient_scale"))
+@partial(jax.jit, static_argnames=("tx", "feature", "gradient_scale", "mesh"))
 def aligned(
     candidate_loss: CandidateLoss,
     tx: optax.GradientTransformation,
@@ -44,10 +45,12 @@ def aligned(
     data: Any,
     filled: Bool[Array, " blocks"],
     gradient_scale: float,
+    mesh: Mesh | None = None,
 ) -> Aligned:
     """``direction . feature`` and ``|feature|^2`` of each candidate."""
 
-    def one(data: Any) -> tuple[Array, tuple[list[Array], ...], list[Array]]:
+    def one(shared: Any, data: Any) -> tuple[Array, tuple[list[Array], ...], list[Array]]:
+        candidate_loss, params, opt_state, directions = shared
         loss, gradient = scaled_gradient(candidate_loss, params, data, gradient_scale)
         found = gradient
         if feature == "adam":
@@ -58,7 +61,8 @@ def aligned(
         products = tuple(dot_by_leaf(direction, found) for direction in directions)
         return loss, products, dot_by_leaf(found, found)
 
-    return Aligned(*map_blocks(one, data, filled))
+    shared = (candidate_loss, params, opt_state, directions)
+    return Aligned(*map_blocks(one, shared, data, filled, mesh))
 
 
 def adam_moments(opt_state: optax.OptState) -> tuple[Params, Params]:
@@ -105,6 +109,7 @@ def _scorer(
                 data,
                 filled,
                 probe.gradient_scale,
+                probe.mesh,
             )
         )
         scores = []

@@ -1,39 +1,57 @@
 """Candidates through one compiled program: K side by side, blocks one after another."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
+from montessori_jax.influence.mesh import split_candidates
 from montessori_jax.influence.scores import Candidate, Score, unmeasured
 
 T = TypeVar("T")
 
 
-def map_blocks(one: Callable[[Any], T], data: Any, filled: Bool[Array, " blocks"]) -> T:
+def map_blocks(
+    one: Callable[[Any, Any], T],
+    shared: Any,
+    data: Any,
+    filled: Bool[Array, " blocks"],
+    mesh: Mesh | None = None,
+) -> T:
     """``one`` for every candidate: `jax.vmap` within a block, `jax.lax.map` over blocks.
 
     Memory is that of one block. Blocks that are not ``filled`` are skipped and give zeros, so a
-    program made for many blocks serves fewer at no cost.
+    program made for many blocks serves fewer at no cost. With a mesh a block's candidates are
+    split over its devices (`montessori_jax.influence.mesh`).
 
     Args:
-        one: from one candidate's data to a pytree of arrays; captured arrays are shared.
-        data: leaves ``[blocks, K, ...]``.
+        one: from what is shared and one candidate's data to a pytree of arrays.
+        shared: what every candidate reads, the student above all; ``one`` captures no arrays.
+        data: leaves ``[blocks, K, ...]``; K is a multiple of the devices that candidates have.
         filled: which blocks hold candidates.
+        mesh: the devices, or None for one.
 
     Returns:
         What ``one`` returns, with leading axes ``[blocks, K]``.
     """
-    block = jax.vmap(one)
 
-    def empty(inputs: Any) -> T:
-        shapes = jax.eval_shape(block, inputs)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    def run(shared: Any, data: Any, filled: Array) -> T:
+        block = jax.vmap(partial(one, shared))
 
-    return jax.lax.map(lambda pair: jax.lax.cond(pair[1], block, empty, pair[0]), (data, filled))
+        def empty(inputs: Any) -> T:
+            shapes = jax.eval_shape(block, inputs)
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        return jax.lax.map(
+            lambda pair: jax.lax.cond(pair[1], block, empty, pair[0]), (data, filled)
+        )
+
+    return split_candidates(run, mesh, axes=(None, 1, None), out_axis=1)(shared, data, filled)
 
 
 def shape_key(data: Any) -> Any:

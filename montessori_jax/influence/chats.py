@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from montessori_jax.data.chat import EncodedChat, fit
+from montessori_jax.data.lazy import LazySequence
 from montessori_jax.data.packing import Batch, assign_rows, bucket, count_targets, pack
 from montessori_jax.errors import UserError
 from montessori_jax.influence.memory import activation_bytes
@@ -62,7 +63,11 @@ class TokenLosses:
 
 
 class Packed(NamedTuple):
-    """Many candidates in the rows of one batch; one number for each place of a sample."""
+    """Many candidates in the rows of one batch; one number for each place of a sample.
+
+    As `MeanLoss.together` gives it all leaves have a leading axis of parts, each with some of the
+    rows; the samples are numbered through.
+    """
 
     batch: Batch
     numbers: Int[Array, " samples"]
@@ -84,27 +89,32 @@ class MeanLoss:
         weights = batch.target_weights.astype(losses.dtype)
         return losses * weights / jnp.maximum(jnp.sum(weights), 1.0)
 
-    def together(self, data: Sequence[Batch]) -> Iterator[tuple[Packed, list[int]]]:
-        """Candidates of `chat_candidate` packed again, many to a row, `TOKENS_TOGETHER` a batch.
+    def together(self, data: Sequence[Batch], parts: int = 1) -> Iterator[tuple[Packed, list[int]]]:
+        """Candidates of `chat_candidate` packed again, many to a row, `TOKENS_TOGETHER` a part.
 
-        Yields batches of a few shapes and, for the samples of each, their indices in ``data``.
+        Yields batches and, for the samples of each, their indices in ``data``. Few shapes: rows are
+        256, 512, 1024, ... tokens long, and have targets in all or in three quarters.
         """
         chats = [unpacked(one) for one in data]
         lengths = [len(chat.tokens) for chat in chats]
-        width = bucket(max([*lengths, SHORTEST_ROW]))
+        width = 1 << (max([*lengths, SHORTEST_ROW]) - 1).bit_length()
         layout = assign_rows(lengths, width)
-        most = max(1, TOKENS_TOGETHER // width)
+        most = parts * max(1, TOKENS_TOGETHER // width)
         for start in range(0, len(layout), most):
             rows = layout[start : start + most]
             members = [index for row in rows for index in row]
             places = {index: place for place, index in enumerate(members)}
+            fullest = max(sum(count_targets(chats[index]) for index in row) for row in rows)
             batch = pack(
                 [chats[index] for index in members],
                 [[places[index] for index in row] for row in rows],
                 row_length=width,
-                rows=min(most, bucket(len(rows), 1)),
+                slots=3 * width // 4 if fullest <= 3 * width // 4 else width,
+                rows=min(most, parts * bucket(-(-len(rows) // parts), 1)),
             )
-            yield Packed(batch, jnp.arange(bucket(len(members)))), members
+            batch = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
+            numbers = np.tile(np.arange(bucket(len(data)), dtype=np.int32), (parts, 1))
+            yield Packed(batch, numbers), members  # type: ignore[arg-type]
 
     def each(self, params: Params, packed: Packed) -> Float[Array, " samples"]:
         """The mean loss of every packed candidate; 0 in places without one."""
@@ -150,6 +160,29 @@ def chat_candidate(
     if attention not in ("auto", "xla"):
         length += -length % BLOCK
     return Candidate(id, pack([fitted], [[0]], row_length=length, slots=slots))
+
+
+@dataclass(frozen=True)
+class ChatCandidates(LazySequence[Candidate]):
+    """Chats as candidates (`chat_candidate`), padded when they are asked for and then forgotten."""
+
+    chats: Sequence[EncodedChat]
+    names: Sequence[str]
+    max_length: int
+    coarse: bool = False
+    attention: str = "xla"
+
+    def __len__(self) -> int:
+        return len(self.chats)
+
+    def make(self, index: int) -> Candidate:
+        return chat_candidate(
+            self.names[index],
+            self.chats[index],
+            self.max_length,
+            coarse=self.coarse,
+            attention=self.attention,
+        )
 
 
 def chat_reference(

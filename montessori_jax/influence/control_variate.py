@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from montessori_jax.influence.blocks import (
@@ -47,7 +48,7 @@ class Corrected(NamedTuple):
     tangents: tuple[Float[Array, "blocks lanes passes *tokens"], ...]
 
 
-@partial(jax.jit, static_argnames=("tx", "point", "gradient_scale"))
+@partial(jax.jit, static_argnames=("tx", "point", "gradient_scale", "mesh"))
 def corrected(
     candidate_loss: CandidateLoss,
     tx: optax.GradientTransformation,
@@ -63,6 +64,7 @@ def corrected(
     step: Bool[Array, "blocks lanes"],
     filled: Bool[Array, " blocks"],
     gradient_scale: float = 1.0,
+    mesh: Mesh | None = None,
 ) -> Corrected:
     """First order's products, the part's token losses after the step and their derivative.
 
@@ -70,7 +72,8 @@ def corrected(
     derivative along ``delta`` taken there, everything that is subtracted is paired.
     """
 
-    def one(inputs: tuple[Any, Array]) -> tuple[Any, ...]:
+    def one(given: Any, inputs: tuple[Any, Array]) -> tuple[Any, ...]:
+        candidate_loss, losses, params, opt_state, centre, gradients, batches, shared = given
         data, step = inputs
         loss, updates = candidate_update(
             candidate_loss, tx, params, opt_state, data, gradient_scale=gradient_scale
@@ -86,7 +89,8 @@ def corrected(
             tangents.append(jax.jvp(along, (centre,), (own,))[1])
         return loss, tuple(dot_by_leaf(g, own) for g in gradients), tuple(found), tuple(tangents)
 
-    return Corrected(*map_blocks(one, (data, step), filled))
+    given = (candidate_loss, losses, params, opt_state, centre, gradients, batches, shared)
+    return Corrected(*map_blocks(one, given, (data, step), filled, mesh))
 
 
 def part_of(count: int, size: int, seed: int) -> Int[np.ndarray, " part"]:
@@ -182,6 +186,7 @@ def control_variate(
                 np.full((probe.blocks, probe.block), step),
                 filled,
                 probe.gradient_scale,
+                probe.mesh,
             )
         )
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from montessori_jax.influence.blocks import map_blocks, score_in_blocks, shape_key
@@ -28,7 +29,7 @@ class Probes(NamedTuple):
     reference_losses: tuple[Float[Array, "blocks lanes passes *tokens"], ...]
 
 
-@partial(jax.jit, static_argnames=("tx", "gradient_scale"))
+@partial(jax.jit, static_argnames=("tx", "gradient_scale", "mesh"))
 def probe_step(
     candidate_loss: CandidateLoss,
     tx: optax.GradientTransformation,
@@ -40,6 +41,7 @@ def probe_step(
     mode: Int[Array, "blocks lanes"],
     filled: Bool[Array, " blocks"],
     gradient_scale: float = 1.0,
+    mesh: Mesh | None = None,
 ) -> Probes:
     """Reference token losses after each candidate's step, all in one program.
 
@@ -49,7 +51,8 @@ def probe_step(
     are made; params and opt_state are read where they lie.
     """
 
-    def one(inputs: tuple[Any, Array]) -> tuple[Array, tuple[Array, ...]]:
+    def one(shared: Any, inputs: tuple[Any, Array]) -> tuple[Array, tuple[Array, ...]]:
+        candidate_loss, reference_losses, params, opt_state, batches = shared
         data, mode = inputs
         loss, updates = candidate_update(
             candidate_loss,
@@ -69,7 +72,8 @@ def probe_step(
         )
         return loss, tuple(found)
 
-    return Probes(*map_blocks(one, (data, mode), filled))
+    shared = (candidate_loss, reference_losses, params, opt_state, batches)
+    return Probes(*map_blocks(one, shared, (data, mode), filled, mesh))
 
 
 def exact(probe: Probe, *, offset: bool = True) -> Scorer:
@@ -99,6 +103,7 @@ def exact(probe: Probe, *, offset: bool = True) -> Scorer:
             np.full((probe.blocks, probe.block), mode, np.int32),
             filled,
             probe.gradient_scale,
+            probe.mesh,
         )
         return np.asarray(found.candidate_loss), [np.asarray(one) for one in found.reference_losses]
 

@@ -149,6 +149,7 @@ def mean_update(probe: Probe, pilots: int) -> Params:
     return jax.tree.map(lambda leaf: leaf / jnp.asarray(number, leaf.dtype), totals)
 
 
+@jax.jit
 def all_finite(tree: Params) -> Array:
     """Whether every number of a tree is finite."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

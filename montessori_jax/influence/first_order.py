@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from montessori_jax.influence.blocks import map_blocks, score_in_blocks
@@ -32,7 +33,7 @@ class Products(NamedTuple):
     own: tuple[list[Float[Array, "blocks lanes"]], ...]
 
 
-@partial(jax.jit, static_argnames=("tx", "point", "gradient_scale"))
+@partial(jax.jit, static_argnames=("tx", "point", "gradient_scale", "mesh"))
 def products(
     candidate_loss: CandidateLoss,
     tx: optax.GradientTransformation,
@@ -44,20 +45,23 @@ def products(
     data: Any,
     filled: Bool[Array, " blocks"],
     gradient_scale: float = 1.0,
+    mesh: Mesh | None = None,
 ) -> Products:
     """``G_ref . (Delta - Delta_c)`` of each candidate, set by set and leaf by leaf.
 
     Gradient, update and product are one program: the update of a leaf is used up as it is made.
     """
 
-    def one(data: Any) -> tuple[Array, tuple[list[Array], ...]]:
+    def one(given: Any, data: Any) -> tuple[Array, tuple[list[Array], ...]]:
+        candidate_loss, params, opt_state, gradients, shared = given
         loss, updates = candidate_update(
             candidate_loss, tx, params, opt_state, data, gradient_scale=gradient_scale
         )
         own = from_centre(updates, point, shared, tx, params, opt_state)
         return loss, tuple(dot_by_leaf(gradient, own) for gradient in gradients)
 
-    return Products(*map_blocks(one, data, filled))
+    given = (candidate_loss, params, opt_state, gradients, shared)
+    return Products(*map_blocks(one, given, data, filled, mesh))
 
 
 def first_order(
@@ -128,6 +132,7 @@ def score_to_first_order(
             data,
             filled,
             probe.gradient_scale,
+            probe.mesh,
         )
     )
     scores = []

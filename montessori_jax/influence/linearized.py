@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from montessori_jax.errors import UserError
@@ -22,6 +23,7 @@ from montessori_jax.influence.expansion import (
     total,
 )
 from montessori_jax.influence.first_order import first_order_around
+from montessori_jax.influence.mesh import candidate_devices, split_candidates
 from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.response import FEWEST, Response, fit_response
 from montessori_jax.influence.scores import (
@@ -50,11 +52,15 @@ REACH = 2.0
 class Batched(Protocol):
     """A candidate loss that can lay many candidates out together; else they are stacked."""
 
-    def together(self, data: Sequence[Any]) -> Iterable[tuple[Any, list[int]]]:
-        """Batches of packed candidates, and which of ``data`` each one's samples are."""
+    def together(self, data: Sequence[Any], parts: int = 1) -> Iterable[tuple[Any, list[int]]]:
+        """Batches of packed candidates, and which of ``data`` each one's samples are.
+
+        A batch's leaves have a leading axis of ``parts``, which devices compute apart.
+        """
 
     def each(self, params: Params, packed: Any) -> Float[Array, " samples"]:
-        """The loss of every sample of a batch; trailing ones may be fillers."""
+        """The loss of every sample of a batch in one of its parts, 0 for those of other parts;
+        trailing ones may be fillers."""
 
 
 class PilotSums(NamedTuple):
@@ -161,28 +167,46 @@ def along(
     return values, tuple(slopes)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames=("mesh",))
 def packed_slopes(
-    candidate_loss: Batched, params: Params, directions: tuple[Params, ...], packed: Any
+    candidate_loss: Batched,
+    params: Params,
+    directions: tuple[Params, ...],
+    packed: Any,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, tuple[Array, ...]]:
-    """Losses of the samples of a packed batch and their derivatives, ``[samples]`` each."""
-    return along(lambda p: candidate_loss.each(p, packed), params, directions)
+    """Losses of the samples of a packed batch and their derivatives, ``[parts, samples]`` each.
+
+    A sample is in one part, and its numbers in the others are 0. With a mesh, a part a device.
+    """
+
+    def one(shared: Any, packed: Any) -> tuple[Array, tuple[Array, ...]]:
+        candidate_loss, params, directions = shared
+        return along(lambda p: candidate_loss.each(p, packed), params, directions)
+
+    def run(shared: Any, packed: Any) -> tuple[Array, tuple[Array, ...]]:
+        return jax.lax.map(partial(one, shared), packed)
+
+    parts = split_candidates(run, mesh, axes=(None, 0), out_axis=0)
+    return parts((candidate_loss, params, directions), packed)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames=("mesh",))
 def stacked_slopes(
     candidate_loss: CandidateLoss,
     params: Params,
     directions: tuple[Params, ...],
     data: Any,
     filled: Bool[Array, " blocks"],
+    mesh: Mesh | None = None,
 ) -> tuple[Array, tuple[Array, ...]]:
     """The same for candidates of one shape, ``[blocks, K]`` each."""
 
-    def one(data: Any) -> tuple[Array, tuple[Array, ...]]:
+    def one(shared: Any, data: Any) -> tuple[Array, tuple[Array, ...]]:
+        candidate_loss, params, directions = shared
         return along(lambda p: candidate_loss(p, data), params, directions)
 
-    return map_blocks(one, data, filled)
+    return map_blocks(one, (candidate_loss, params, directions), data, filled, mesh)
 
 
 def sum_pilots(probe: Probe, pilots: Sequence[Candidate]) -> PilotSums:
@@ -287,8 +311,10 @@ def linearized(
         scores = {
             i: unmeasured(one, "linearized") for i, one in enumerate(candidates) if one.data is None
         }
-        for batch, members in loss.together([candidates[i].data for i in usable]):
-            values, slopes = jax.device_get(packed_slopes(loss, probe.params, trees, batch))
+        parts = candidate_devices(probe.mesh)
+        for batch, members in loss.together([candidates[i].data for i in usable], parts):
+            found = jax.device_get(packed_slopes(loss, probe.params, trees, batch, probe.mesh))
+            values, slopes = jax.tree.map(lambda leaf: leaf.sum(axis=0), found)
             for place, member in enumerate(members):
                 one = candidates[usable[member]]
                 loss_of_one, *own = (float(part[place]) for part in (values, *slopes))
@@ -301,7 +327,9 @@ def linearized(
 
     def stacked(members: Sequence[Candidate], data: Any, filled: np.ndarray) -> list[Score]:
         values, slopes = jax.device_get(
-            stacked_slopes(as_argument(probe.candidate_loss), probe.params, trees, data, filled)
+            stacked_slopes(
+                as_argument(probe.candidate_loss), probe.params, trees, data, filled, probe.mesh
+            )
         )
         places = [divmod(place, probe.block) for place in range(len(members))]
         return [

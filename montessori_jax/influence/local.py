@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import optax
+from jax.sharding import Mesh
 
 from montessori_jax.influence.baselines import grad_cos, grad_dot, less
 from montessori_jax.influence.control_variate import control_variate
@@ -47,6 +48,7 @@ def local_influence(
     chunk: int = 16,
     block: int = 1,
     pool: Sequence[Candidate] | None = None,
+    mesh: Mesh | None = None,
     finished: Container[int] = (),
     on_chunk: OnChunk | None = None,
     **options: Any,
@@ -72,6 +74,7 @@ def local_influence(
         block: candidates side by side on the device (`block_size`).
         pool: candidates that pilots are taken from; by default ``candidates``, where they are a
             sequence.
+        mesh: devices that candidates are split over (`make_mesh`), ``block`` on each.
         finished: numbers of chunks that are done already; they are skipped.
         on_chunk: called with each chunk's number and scores, for instance to write them down.
         options: the estimator's own, such as ``expansion_point`` or ``fraction``.
@@ -95,7 +98,7 @@ def local_influence(
         block=block,
         chunk=chunk,
         pool=pool,
-    )
+    ).on_mesh(mesh)
     scorer = METHODS[method](probe, **options)
     scores: list[Score] = []
     for number, part in enumerate(chunks(candidates, chunk)):

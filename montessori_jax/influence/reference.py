@@ -7,16 +7,18 @@ and added up, in float64 on the host: the differences are a millionth of the los
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from montessori_jax.errors import UserError
+from montessori_jax.influence.mesh import laid_out, on_every_device
 from montessori_jax.influence.step import Params
 from montessori_jax.pytrees import as_argument
 
@@ -117,6 +119,17 @@ class Reference:
             np.where(new >= 0, self.weights, 0.0)[held],
             self.gradient_losses_of_batch,
             np.maximum(new, 0)[held],
+        )
+
+    def on_mesh(self, mesh: Mesh) -> "Reference":
+        """The same with its batches, and its losses' own arrays, on a mesh; its parts too."""
+        select, smooth = self.select, self.gradient_losses_of_batch
+        return replace(
+            self,
+            losses_of_batch=laid_out(as_argument(self.losses_of_batch), mesh),
+            batches=on_every_device(self.batches, mesh),
+            gradient_losses_of_batch=smooth and laid_out(as_argument(smooth), mesh),
+            select=select and (lambda indices: select(indices).on_mesh(mesh)),
         )
 
     def _owners(self) -> Int[np.ndarray, " counted"]:

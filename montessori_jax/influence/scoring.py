@@ -26,14 +26,15 @@ from montessori_jax.influence.audit import (
 )
 from montessori_jax.influence.chats import (
     KEPT_ACTIVATIONS,
+    ChatCandidates,
     MeanLoss,
     TokenLosses,
-    chat_candidate,
     chat_reference,
 )
 from montessori_jax.influence.costs import costs, ladder
 from montessori_jax.influence.local import METHODS, OnChunk, chunks
 from montessori_jax.influence.memory import activation_bytes, block_size
+from montessori_jax.influence.mesh import candidate_devices, make_mesh
 from montessori_jax.influence.noise import noise_floor
 from montessori_jax.influence.precision import require_precision
 from montessori_jax.influence.probe import Probe
@@ -146,14 +147,16 @@ def score_candidates(
         scores += made
         if on_chunk is not None:
             on_chunk(number, made)
-    usable = [one for one in candidates if one.data is not None]
-    if settings.method == "exact" and settings.precision == "bfloat16" and usable and scores:
+    if settings.method == "exact" and settings.precision == "bfloat16" and scores:
+        usable = next((one for one in candidates if one.data is not None), None)
+        if usable is None:
+            return scores
         probe = probe_of(student, candidates, reference_chats, settings)
         step = jax.jit(
             partial(candidate_update, gradient_scale=probe.gradient_scale), static_argnums=1
         )
         loss = as_argument(probe.candidate_loss)
-        _, updates = step(loss, probe.tx, probe.params, probe.opt_state, usable[0].data)
+        _, updates = step(loss, probe.tx, probe.params, probe.opt_state, usable.data)
         first = next(iter(probe.references.values()))
         report_noise(noise_floor(first, probe.params, updates), scores)
     return scores
@@ -273,15 +276,13 @@ def with_method(settings: InfluenceConfig, method: str) -> InfluenceConfig:
 
 def candidates_of(
     chats: Sequence[EncodedChat], names: Sequence[str], settings: InfluenceConfig
-) -> list[Candidate]:
-    """Chats as candidates, in few shapes where the method's other work outweighs padding."""
-    coarse = settings.method in ("exact", "second_order")
-    return [
-        chat_candidate(
-            name, chat, settings.max_length, coarse=coarse, attention=attention_of(settings)
-        )
-        for name, chat in zip(names, chats, strict=True)
-    ]
+) -> ChatCandidates:
+    """Chats as candidates, in few shapes where the method's other work outweighs padding, and
+    where only pilots are padded (``linearized``)."""
+    coarse = settings.method in ("exact", "linearized", "second_order")
+    return ChatCandidates(
+        chats, names, settings.max_length, coarse=coarse, attention=attention_of(settings)
+    )
 
 
 def attention_of(settings: InfluenceConfig, dtype: str | None = None) -> str:
@@ -311,6 +312,8 @@ def probe_of(
         name: reference_for(student.model, rows, settings)
         for name, rows in _named(reference_chats).items()
     }
+    mesh = make_mesh(settings.devices, settings.student_shards)
+    most = -(-settings.chunk // candidate_devices(mesh))
     block = settings.block or min(
         lanes(student.model, params, candidates, one) for one in references.values()
     )
@@ -321,10 +324,10 @@ def probe_of(
         student.tx,
         references,
         gradient_scale=settings.gradient_scale,
-        block=min(block, settings.chunk),
+        block=min(block, most),
         chunk=settings.chunk,
         pool=candidates,
-    )
+    ).on_mesh(mesh)
 
 
 def score_by(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from montessori_jax.influence.blocks import map_blocks, score_in_blocks
@@ -34,7 +35,7 @@ class Curved(NamedTuple):
     curvature: tuple[list[Float[Array, "blocks lanes"]], ...]
 
 
-@partial(jax.jit, static_argnames=("tx", "point", "gradient_scale", "use_gradient"))
+@partial(jax.jit, static_argnames=("tx", "point", "gradient_scale", "use_gradient", "mesh"))
 def curved(
     candidate_loss: CandidateLoss,
     tx: optax.GradientTransformation,
@@ -51,10 +52,12 @@ def curved(
     filled: Bool[Array, " blocks"],
     gradient_scale: float = 1.0,
     use_gradient: bool = True,
+    mesh: Mesh | None = None,
 ) -> Curved:
     """``G . delta`` and ``delta . H delta`` with ``delta = Delta - Delta_c``, leaf by leaf."""
 
-    def one(data: Any) -> tuple[Array, tuple[list[Array], ...], tuple[list[Array], ...]]:
+    def one(given: Any, data: Any) -> Curved:
+        candidate_loss, params, opt_state, centre, gradients, shared, reference = given
         loss, updates = candidate_update(
             candidate_loss,
             tx,
@@ -67,15 +70,17 @@ def curved(
         own = from_centre(updates, point, shared, tx, params, opt_state)
         bent = [
             jax.jvp(lambda p, s=sums: gradient_of(s[0], p, s[1], s[2]), (centre,), (own,))[1]
-            for sums in zip(losses, batches, weights, strict=True)
+            for sums in zip(*reference, strict=True)
         ]
-        return (
+        return Curved(
             loss,
             tuple(dot_by_leaf(gradient, own) for gradient in gradients),
             tuple(dot_by_leaf(product, own) for product in bent),
         )
 
-    return Curved(*map_blocks(one, data, filled))
+    reference = (losses, batches, weights)
+    given = (candidate_loss, params, opt_state, centre, gradients, shared, reference)
+    return map_blocks(one, given, data, filled, mesh)
 
 
 def second_order(
@@ -123,6 +128,7 @@ def second_order(
                 filled,
                 probe.gradient_scale,
                 use_gradient,
+                probe.mesh,
             )
         )
 

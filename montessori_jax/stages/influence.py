@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from montessori_jax.config import InfluenceConfig, as_dict
-from montessori_jax.data.chat import ChatFormat, EncodedChat
-from montessori_jax.data.encode import EncodedRows, encode_each, encode_rows
+from montessori_jax.data.chat import ChatFormat
+from montessori_jax.data.encode import EncodedRows, RowsOnDisk, encode_rows, encode_to_disk
+from montessori_jax.data.encoded_file import EncodedFile
 from montessori_jax.data.overlap import warn_about_overlaps
-from montessori_jax.data.rows import Row, RowFile, read_rows
+from montessori_jax.data.rows import Row, read_rows
 from montessori_jax.data.writing import (
     DatasetCard,
     write_dataset_parts,
@@ -26,7 +27,8 @@ from montessori_jax.errors import UserError
 from montessori_jax.influence import Choice, Score, choose_estimator, score_candidates
 from montessori_jax.influence.costs import Cost, costs
 from montessori_jax.influence.scoring import label, resolved, with_method
-from montessori_jax.runs import Journal, value_hash
+from montessori_jax.programs import counted_programs
+from montessori_jax.runs import FREE_LEAVES, Journal, value_hash
 from montessori_jax.stages.student import ProbeStudent, open_student
 from montessori_jax.stages.trained import step_flops
 from montessori_jax.work import Work
@@ -86,29 +88,36 @@ def influence(
         )
     chat = ChatFormat.of(probe.loaded)
     sources = {"reference": reference} if isinstance(reference, str) else reference
-    source = read_rows(candidates)
     references: dict[str, EncodedRows] = {}
     for name, place in sources.items():
         known = read_rows(place)
         for warning in warn_about_overlaps(known.require()[:num_reference]):
             work.say(f"warning: {warning}")
         references[name] = encode_rows(known, chat, settings.max_length, limit=num_reference)
-    rows, chats, reasons = encode_each(source, chat)
+    chunks, longest = work.file("chunks.jsonl"), settings.max_length
+    encoded = encode_to_disk(candidates, chat, chunks.parent)
+    rows, chats = encoded.rows, encoded.chats
     key = {
         "student": probe.fingerprint,
-        "candidates": value_hash([[row.id, row.conversation()] for row in rows]),
+        "candidates": encoded.content,
         "reference": {
             name: value_hash([row.conversation() for row in known.rows])
             for name, known in references.items()
         },
-        "settings": as_dict(settings),
+        "settings": {k: v for k, v in as_dict(settings).items() if k not in FREE_LEAVES},
         "seed": work.seed,
     }
-    journal = Journal(work.file("chunks.jsonl"), key)
-    choice, audits = _choose(probe, rows, chats, references, settings, journal, work)
-    settings = with_method(settings, choice.method)
-    scores = _score(probe, rows, chats, references, settings, choice, journal, work)
-    table = _table(source, rows, scores, reasons)
+    journal = Journal(chunks, key)
+    with counted_programs() as programs:
+        choice, audits = _choose(probe, rows, chats, references, settings, journal, work)
+        settings = with_method(settings, choice.method)
+        scores = _score(probe, rows, chats, references, settings, choice, journal, work)
+    if len(chats):
+        work.say(
+            f"{programs.count} programs compiled in {programs.seconds:.0f} s, for {len(chats)} "
+            f"candidates of {chats.lengths.min()} to {chats.lengths.max()} tokens"
+        )
+    table = _table(encoded, scores)
     if out is None:
         count = sum(len(known.chats) for known in references.values())
         card = _card(settings, probe, count, work.seed)
@@ -117,7 +126,7 @@ def influence(
         write_scores(out, table)
     return {
         **_counts(table, candidates),
-        "cut": sum(chat.prompt_length < settings.max_length < len(chat.tokens) for chat in chats),
+        "cut": int(np.sum((chats.prompt_lengths < longest) & (longest < chats.lengths))),
         "references": sum(len(known.chats) for known in references.values()),
         "method": settings.method,
         "learning_rate": probe.learning_rate,
@@ -129,7 +138,7 @@ def influence(
 def _choose(
     probe: ProbeStudent,
     rows: Sequence[Row],
-    chats: Sequence[EncodedChat],
+    chats: EncodedFile,
     references: Mapping[str, EncodedRows],
     settings: InfluenceConfig,
     journal: Journal,
@@ -159,7 +168,7 @@ def _choose(
         work.say(f"estimator: {found.method}")
     first = next(iter(references.values()))
     audited = max((audit.count for audit in found.audits), default=0)
-    tokens = float(np.mean([len(chat.tokens) for chat in chats])) if chats else 0.0
+    tokens = float(np.mean(chats.lengths)) if len(chats) else 0.0
     known = costs(probe.loaded.model.parameter_count(), tokens, first.tokens)
     work.meter.count(flops=audited * known["exact"].each)
     audits = [audit.as_row() for audit in found.audits]
@@ -177,7 +186,7 @@ def prompts_of(rows: Sequence[Row]) -> list[str] | None:
 def _score(
     probe: ProbeStudent,
     rows: Sequence[Row],
-    chats: Sequence[EncodedChat],
+    chats: EncodedFile,
     references: Mapping[str, EncodedRows],
     settings: InfluenceConfig,
     choice: Choice,
@@ -201,16 +210,16 @@ def _score(
     beside = cost(0.0).each
     gradient = step_flops(probe.loaded.model) * (cost(1.0).each - beside) / (6 * parameters)
     finished = [record for record in journal.records if "chunk" in record]
+    lengths = chats.lengths
     if not finished:
-        lengths = sum(len(chat.tokens) for chat in chats)
-        work.meter.count(flops=cost(lengths / max(len(chats), 1)).once)
+        work.meter.count(flops=cost(float(lengths.sum()) / max(len(chats), 1)).once)
     done = sum(len(record["scores"]) for record in finished)
     with work.bar(len(rows), "candidate", settings.method, done=done) as bar:
 
         def on_chunk(number: int, scores: Sequence[Score]) -> None:
             journal.append({"chunk": number, "scores": [score.as_row() for score in scores]})
             start = number * settings.chunk
-            probed = sum(len(chat.tokens) for chat in chats[start : start + len(scores)])
+            probed = int(lengths[start : start + len(scores)].sum())
             flops = gradient * probed + beside * len(scores)
             work.meter.count(probed_tokens=probed, flops=flops)
             bar.update(len(scores))
@@ -234,11 +243,10 @@ def _score(
     return [Score(**row) for record in in_order for row in record["scores"]]
 
 
-def _table(
-    source: RowFile, rows: Sequence[Row], scores: Sequence[Score], reasons: dict[int, str]
-) -> list[dict[str, Any]]:
+def _table(encoded: RowsOnDisk, scores: Sequence[Score]) -> list[dict[str, Any]]:
     """One row a candidate, in the file's order."""
-    scored = {row.index: score for row, score in zip(rows, scores, strict=True)}
+    source = encoded.source
+    scored = {row.index: score for row, score in zip(encoded.rows, scores, strict=True)}
     names = {row.index: row.id for row in source.rows} | {bad.index: bad.id for bad in source.bad}
     table = []
     for index in sorted(names):
@@ -254,7 +262,7 @@ def _table(
                 "standard_error": score.standard_error if score else None,
                 "candidate_loss": score.candidate_loss if score else None,
                 "estimator": score.method if score else None,
-                "reason": score.reason if score else reasons[index],
+                "reason": score.reason if score else encoded.reasons[index],
                 **{
                     f"{field}_{name}": score.sets[name][field] if score and score.sets else None
                     for name in names_of_sets(scores)

@@ -167,8 +167,8 @@ def test_packed_slopes_are_those_of_each_candidate_alone():
         loss = MeanLoss(TokenLosses(MODEL, "float64"))
         data = [chat_candidate(str(i), chat, 64).data for i, chat in enumerate(chats(3, 77))]
         [(packed, members)] = list(loss.together(data))
-        assert packed.batch.tokens.shape[0] == 1
-        values, (slopes,) = packed_slopes(loss, params, (direction,), packed)
+        assert packed.batch.tokens.shape[:2] == (1, 1)
+        [values], ([slopes],) = packed_slopes(loss, params, (direction,), packed)
         one = jax.jit(lambda batch: jax.jvp(lambda p: loss(p, batch), (params,), (direction,)))
         for place, index in enumerate(members):
             value, slope = one(data[index])

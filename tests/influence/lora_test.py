@@ -11,6 +11,7 @@ import pytest
 from montessori_jax.config import InfluenceConfig
 from montessori_jax.influence import (
     chat_candidate,
+    make_mesh,
     score_candidates,
 )
 from montessori_jax.models.lora import LoraModel, LoraSpec
@@ -86,8 +87,15 @@ def loop_influence(rate: float) -> np.ndarray:
         return np.array(found)
 
 
-@pytest.mark.parametrize("block", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_exact_is_the_definition_on_the_adapter(block: int) -> None:
+@pytest.mark.parametrize(
+    ("block", "mesh"),
+    [
+        pytest.param(1, (1, 1), marks=pytest.mark.slow),
+        (4, (1, 1)),
+        pytest.param(1, (8, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_exact_is_the_definition_on_the_adapter(block: int, mesh: tuple[int, int]) -> None:
     rate = 1e-2
     truth = loop_influence(rate)
     with jax.enable_x64(True):
@@ -111,6 +119,7 @@ def test_exact_is_the_definition_on_the_adapter(block: int) -> None:
             method="exact",
             block=block,
             chunk=5,
+            mesh=make_mesh(*mesh),
         )
     found = np.array([score.influence for score in scores])
     assert np.abs(truth).max() > 1e-4

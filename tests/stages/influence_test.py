@@ -1,6 +1,7 @@
 """The influence stage on files: odd rows, several reference sets, an interrupted run."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from montessori_jax.cli import run
 from montessori_jax.config import InfluenceConfig
 from montessori_jax.costs import Meter
-from montessori_jax.errors import Interrupted
+from montessori_jax.errors import Interrupted, UserError
 from montessori_jax.stages import influence as stage
 from montessori_jax.work import Work
 from tests.models import tiny
@@ -182,3 +183,52 @@ def test_a_run_killed_after_its_choice_chooses_no_more(student, tmp_path, monkey
     assert [set(record) for record in journal[1:]] == [{"choice"}]
     monkeypatch.setattr(stage, "choose_estimator", killed)
     assert score("parts") == whole
+
+
+class StopAfter:
+    """A stop flag that is raised at the ``count``-th look at it."""
+
+    def __init__(self, count: int):
+        self.left = count
+
+    def check(self):
+        self.left -= 1
+        if not self.left:
+            raise Interrupted("here")
+
+
+def test_a_killed_run_goes_on_at_the_next_chunk_on_other_devices_and_on_no_other_rows(
+    student, tmp_path
+):
+    def rows(last):
+        made = [{"instruction": f"w{i + 5} w6", "response": f"w{i + 8} w9"} for i in range(7)]
+        return write(tmp_path / "rows.jsonl", [*made, {"instruction": "w7", "response": last}])
+
+    reference = write(tmp_path / "reference.jsonl", REFERENCE)
+    settings = InfluenceConfig(
+        method="exact", audit=0, optimizer="sgd", learning_rate=1e-2, max_length=LONGEST, chunk=3
+    )
+    said = []
+
+    def score(name, settings=settings, **how):
+        work = Work(tmp_path / name, 5, Meter(None, "test"), say=said.append, quiet=True, **how)
+        out = tmp_path / name / "scores.jsonl"
+        stage.influence(student, candidates, reference, settings, work, out=out)
+        return [row["influence"] for row in read(out)]
+
+    candidates = rows("w8")
+    whole = score("whole")
+    with pytest.raises(Interrupted):
+        score("parts", stop=StopAfter(1))
+    journal = tmp_path / "parts" / "chunks.jsonl"
+    [header, choice, chunk] = read(journal)
+    assert (chunk["chunk"], len(chunk["scores"])) == (0, 3)
+    chunk["scores"][0]["influence"] = 12.0  # what is there already is taken as it is
+    write(journal, [header, choice, chunk])
+    resumed = score("parts", replace(settings, devices=2))
+    assert resumed == [12.0, *(pytest.approx(one, rel=1e-3) for one in whole[1:])]
+    assert any("programs compiled" in line for line in said)
+
+    candidates = rows("w9")
+    with pytest.raises(UserError, match=r"holds work done with other settings \(candidates: "):
+        score("parts")
