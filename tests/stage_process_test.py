@@ -86,6 +86,7 @@ def test_it_ends_with_its_parent(tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_run_of_such_stages_makes_the_same_bytes(tmp_path):
     teacher = write_tiny_teacher(tmp_path / "teacher")
     config = tmp_path / "tiny.yaml"
