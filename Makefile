@@ -14,7 +14,8 @@ BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 # What vLLM is installed for: cuda, tpu or cpu.
 VLLM_FOR ?= $(shell if command -v nvidia-smi >/dev/null; then echo cuda; \
-  elif ls /dev/accel* /dev/vfio/* >/dev/null 2>&1; then echo tpu; else echo cpu; fi)
+  elif ls /dev/accel* /dev/vfio/* 2>/dev/null | grep -qE 'accel|vfio/[0-9]'; then echo tpu; \
+  else echo cpu; fi)
 
 .PHONY: help quickstart install dev vllm test test-all lint format clean
 
@@ -43,7 +44,7 @@ dev: $(VENV)/installed-dev
 
 vllm: $(VLLM_VENV)/installed-$(VLLM_FOR)
 
-# The CPU build of torch comes first, so that no range brings another; the CPU build of vLLM has no
+# The exact torch comes first, so that no range brings another build; the CPU build of vLLM has no
 # use for its vision and sound packages, which are built for another torch.
 $(VLLM_VENV)/installed-cpu:
 	$(PYTHON) -m venv $(VLLM_VENV)

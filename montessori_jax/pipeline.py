@@ -15,7 +15,7 @@ from montessori_jax.config import RunConfig, TrainingConfig
 from montessori_jax.costs import Meter, describe_cost
 from montessori_jax.data.rows import read_rows
 from montessori_jax.data.tables import read_table
-from montessori_jax.devices import cache_programs, keep_off_accelerator
+from montessori_jax.devices import cache_programs, keep_off_accelerator, local_platform
 from montessori_jax.dtypes import forward_dtype
 from montessori_jax.errors import UserError
 from montessori_jax.generation.teacher import Teachers
@@ -342,6 +342,11 @@ def stage_processes(config: RunConfig, back_end: BackEnd) -> bool:
         raise UserError(
             "vLLM shares the accelerator with training, whose memory only comes back when its "
             "process ends: set stage_processes: auto, or give vLLM GPUs of its own (vllm.devices)"
+        )
+    if config.stage_processes == "always" and back_end == "jax" and local_platform() != "cpu":
+        raise UserError(
+            "stage_processes always: the built-in sampler would hold the accelerator that the "
+            "stages' own processes need: set stage_processes: auto, or generator: vllm"
         )
     own = config.stage_processes == "always" or (config.stage_processes == "auto" and shared)
     if own:

@@ -1,5 +1,6 @@
 """One stage in a process of its own, so that the accelerator's memory comes back when it ends."""
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -52,17 +53,18 @@ def in_own_process(
     try:
         while process.is_alive():
             process.join(LOOK_SECONDS)
-            if stop.requested() and not told:
+            if stop.requested() and not told and process.is_alive():
                 told = True
-                os.kill(process.pid or 0, stop.signal or signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid or 0, stop.signal or signal.SIGTERM)
     except BaseException:
         process.kill()
         process.join()
         raise
-    _raise_failure(ours, process.exitcode)
+    _raise_failure(ours, process.exitcode, told)
 
 
-def _raise_failure(ours: Connection, status: int | None) -> None:
+def _raise_failure(ours: Connection, status: int | None, told: bool) -> None:
     try:
         kind, message = ours.recv() if ours.poll() else ("", "")
     except EOFError:
@@ -71,6 +73,8 @@ def _raise_failure(ours: Connection, status: int | None) -> None:
         raise UserError(message)
     if kind == "stopped":
         raise Interrupted(message)
+    if told and status:  # before it could take the signal for a request
+        raise Interrupted("stopped while a stage's process started")
     if status == -signal.SIGKILL:
         raise UserError(
             "a stage's process was killed, as a system that runs out of memory does: lower "

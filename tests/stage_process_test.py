@@ -66,6 +66,13 @@ def test_a_stop_is_passed_on(tmp_path):
         run("waits", tmp_path / "said", Later())
 
 
+def test_a_stop_before_it_listens_is_a_stop_as_well(tmp_path):
+    stop = Stop()
+    stop.signal = signal.SIGTERM
+    with pytest.raises(Interrupted):
+        run("waits", tmp_path / "said", stop)
+
+
 def test_it_ends_with_its_parent(tmp_path):
     place = tmp_path / "said"
     parent = subprocess.Popen(

@@ -59,7 +59,10 @@ class ChatGenerator:
                 )
         waiting = [one for one in requests if one.id not in finished]
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        client = httpx.AsyncClient(base_url=self.settings.base_url.rstrip("/"), headers=headers)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        client = httpx.AsyncClient(
+            base_url=self.settings.base_url.rstrip("/"), headers=headers, limits=limits
+        )
         patience = Patience(self.settings.retries, self.settings.timeout_seconds)
 
         async def one(request: PromptRequest) -> list[Completion]:
@@ -114,12 +117,18 @@ class ChatGenerator:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             texts = [choice["message"]["content"] or "" for choice in choices]
             reasons = [str(choice["finish_reason"]) for choice in choices]
-            prompted = int(answer["usage"]["prompt_tokens"])
-            generated = int(answer["usage"]["completion_tokens"])
-        except (KeyError, TypeError, ValueError) as error:
+            usage = answer.get("usage") or {}
+            prompted = int(usage.get("prompt_tokens") or 0)
+            generated = int(usage.get("completion_tokens") or 0)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise Garbled(f"{type(error).__name__}: {error}") from None
-        if len(texts) != samples:
-            raise Garbled(f"{len(texts)} choices where {samples} were asked for")
+        if not all(isinstance(text, str) for text in texts):
+            raise Garbled("a choice whose content is no text")
+        if len(texts) != samples:  # asking again would be paid again
+            raise UserError(
+                f"{self.settings.base_url} gave {len(texts)} texts where {samples} were asked for: "
+                "it does not know 'n'; set generation.samples to 1"
+            )
         share, rest = divmod(generated, samples)
         made = []
         for index, (text, reason) in enumerate(zip(texts, reasons, strict=True)):

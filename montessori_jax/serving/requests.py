@@ -79,7 +79,7 @@ async def ask(
                 return read(response.json())
         except httpx.TimeoutException:
             problem = f"no answer within {patience.seconds:.0f} s"
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             problem = f"{type(error).__name__} {error}".strip()
         except Garbled as error:
             problem = f"an answer that cannot be used ({error})"

@@ -1,8 +1,10 @@
 """The servers that a `VllmGenerator` can ask: one of our own, or one that is running already."""
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import httpx
 
@@ -18,22 +20,30 @@ def _client(url: str, key: str) -> httpx.Client:
     return httpx.Client(base_url=url, headers=headers, timeout=600.0)
 
 
-def reload_weights(client: httpx.Client, folder: Path) -> bool:
-    """Have a server take a folder's weights in place; False where it cannot.
+Reload = Literal["done", "absent", "failed"]
+"""What came of asking for a reload: the weights are in; no such call there; they may be mixed."""
+
+
+def reload_weights(url: str, key: str, folder: Path) -> Reload:
+    """Have a server take a folder's weights in place.
 
     By calls that vLLM offers in its development mode; the folder must have the served model's
     shapes. Nothing may be under way.
     """
     body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.absolute())}}
-    try:
-        client.post("/pause", params={"mode": "wait"}).raise_for_status()
-        client.post("/collective_rpc", json=body).raise_for_status()
-        # Keys and values of the old weights.
-        client.post("/reset_prefix_cache").raise_for_status()
-        client.post("/resume").raise_for_status()
-    except httpx.HTTPError:
-        return False
-    return True
+    with _client(url, key) as client:
+        try:
+            if client.post("/pause", params={"mode": "wait"}).status_code == 404:
+                return "absent"
+            client.post("/collective_rpc", json=body).raise_for_status()
+            # Keys and values of the old weights.
+            client.post("/reset_prefix_cache").raise_for_status()
+        except httpx.HTTPError:
+            return "failed"
+        finally:
+            with contextlib.suppress(httpx.HTTPError):
+                client.post("/resume")
+    return "done"
 
 
 @dataclass
@@ -66,7 +76,9 @@ class ManagedServer:
         return self.adapter[0] if self.adapter else MODEL
 
     def gone(self) -> str:
-        return "" if self.sidecar.alive() else f"its process ended; {self.sidecar.log} says why"
+        if self.sidecar.alive():
+            return ""
+        return f"its process ended; the end of {self.sidecar.log}:\n{self.sidecar.tail()}\n"
 
     def revive(self, reason: str) -> None:
         """Restart it with the weights and the adapter that it had."""
@@ -87,9 +99,8 @@ class ManagedServer:
 
     def reload(self, folder: Path, base: str) -> bool:
         """Take ``folder``'s weights in place; False where the server cannot (then restart it)."""
-        with _client(self.url, self.key) as client:
-            if not reload_weights(client, folder):
-                return False
+        if reload_weights(self.url, self.key, folder) != "done":
+            return False
         self.folder, self.base, self.adapter = folder, base, None
         return True
 
@@ -98,11 +109,15 @@ class ManagedServer:
 
         False where the server cannot.
         """
-        with _client(self.url, self.key) as client:
-            body = {"lora_name": name, "lora_path": str(folder.absolute())}
-            answer = client.post("/v1/load_lora_adapter", json=body)
-        if answer.is_error:
-            self.sidecar.say(f"vLLM refused the adapter {folder}: {error_text(answer)}")
+        body = {"lora_name": name, "lora_path": str(folder.absolute())}
+        try:
+            with _client(self.url, self.key) as client:
+                answer = client.post("/v1/load_lora_adapter", json=body)
+            problem = error_text(answer) if answer.is_error else ""
+        except httpx.HTTPError as error:
+            problem = f"{type(error).__name__} {error}"
+        if problem:
+            self.sidecar.say(f"vLLM did not take the adapter {folder}: {problem}")
             return False
         self.adapter = (name, folder)
         return True
@@ -117,8 +132,8 @@ class ManagedServer:
 class RunningServer:
     """A vLLM that someone else runs (``vllm.url``): asked, waited for, never started or ended.
 
-    ``root`` is what it was started with and ``positions`` its longest sequence (0: it does not
-    say).
+    ``root`` is what it was started with, ``positions`` its longest sequence (0: it does not say)
+    and ``folder`` the weights that it was handed (None: those that it was started with).
     """
 
     url: str
@@ -128,6 +143,7 @@ class RunningServer:
     positions: int
     settings: VllmConfig
     stop: Stop
+    folder: Path | None = None
 
     @classmethod
     def find(cls, settings: VllmConfig, key: str, stop: Stop) -> "RunningServer":
@@ -160,14 +176,27 @@ class RunningServer:
             ) from None
         return cls(url, key, model, root, positions, settings, stop)
 
-    def serves(self, folder: Path) -> bool:
-        """Whether it was started with this folder."""
-        return bool(self.root) and Path(self.root).absolute() == folder.absolute()
+    def serve(self, folder: Path) -> bool:
+        """Have it serve ``folder``; whether it had to be handed the weights.
 
-    def reload(self, folder: Path) -> bool:
-        """See `reload_weights`."""
-        with _client(self.url, self.key) as client:
-            return reload_weights(client, folder)
+        What it was started with is trusted only where weights cannot have been changed since.
+
+        Raises:
+            UserError: it serves something else and cannot take the folder.
+        """
+        came = reload_weights(self.url, self.key, folder)
+        if came == "done":
+            self.folder = folder
+            return True
+        started_with = bool(self.root) and Path(self.root).absolute() == folder.absolute()
+        if came == "absent" and started_with:
+            return False
+        mixed = " (its weights may be mixed now: restart it)" if came == "failed" else ""
+        raise UserError(
+            f"vllm.url {self.url} serves {self.root or 'another model'} and cannot take "
+            f"{folder}{mixed}: start it with that folder, or with VLLM_SERVER_DEV_MODE=1 where it "
+            "can read the folder"
+        )
 
     def gone(self) -> str:
         return ""  # only asking tells
@@ -179,6 +208,8 @@ class RunningServer:
             self.stop.check()
             try:
                 if httpx.get(f"{self.url}/health", timeout=5.0).is_success:
+                    if self.folder is not None:  # who restarted it knows nothing of these weights
+                        self.serve(self.folder)
                     return
             except httpx.TransportError:
                 pass

@@ -1,5 +1,6 @@
 """Teachers behind servers, and which back-end a run uses."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ def choose_back_end(config: RunConfig) -> BackEnd:
         return config.generator
     if config.vllm.url:
         return "vllm"
-    if find_environment(config.vllm) is None or local_platform() == "cpu":
+    found = find_environment(config.vllm)
+    if found is None or found.platform == "cpu" or local_platform() == "cpu":
         return "jax"
     return "vllm"
 
@@ -35,7 +37,19 @@ def shares_accelerator(config: RunConfig, back_end: BackEnd) -> bool:
     if back_end != "vllm" or config.vllm.url:
         return False
     platform = environment_for(config.vllm).platform
+    if platform == "cuda" and config.vllm.devices:
+        _check_apart(config.vllm.devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return platform == "tpu" or (platform == "cuda" and not config.vllm.devices)
+
+
+def _check_apart(devices: str, visible: str | None) -> None:
+    """Refuse GPUs of the server's own that training would take as well."""
+    own = {one.strip() for one in devices.split(",")}
+    if visible is None or own & {one.strip() for one in visible.split(",")}:
+        raise UserError(
+            f"vllm.devices {devices}: training would take these GPUs too: set CUDA_VISIBLE_DEVICES "
+            "to the others before you start"
+        )
 
 
 def open_teachers(

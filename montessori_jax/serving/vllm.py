@@ -251,7 +251,7 @@ async def _tokens_handled(client: httpx.AsyncClient, seconds: float) -> float | 
     """Tokens that the server has handled so far; None where it does not answer."""
     try:
         answer = await client.get("/metrics", timeout=seconds)
-    except httpx.TransportError:
+    except httpx.RequestError:
         return None
     if answer.status_code == 404:  # switched off: then only requests' own time limits count
         return time.monotonic()

@@ -10,7 +10,7 @@ from montessori_jax.data.chat import ChatFormat
 from montessori_jax.errors import UserError
 from montessori_jax.generation.teacher import Teacher
 from montessori_jax.models import Model
-from montessori_jax.models.folder import CONFIG
+from montessori_jax.models.folder import read_head
 from montessori_jax.serving.environment import api_key, environment_for
 from montessori_jax.serving.memory import check_room
 from montessori_jax.serving.probe import Probes, ProbeText, WrongWeights, check_hand_over
@@ -154,7 +154,7 @@ class VllmTeachers:
             )
         if way == "reload":
             return server.reload(served.folder, served.source)
-        server.sidecar.end()
+        server.end()  # with whatever adapter it had
         self._check_room(served)
         server.restart(served.folder, served.source)
         return True
@@ -188,7 +188,6 @@ class RunningVllmTeachers:
     stop: Stop
     handovers: list[Way] = field(default_factory=list)
     _probes: Probes = field(default_factory=Probes)
-    _serving: str = ""
 
     def teacher(self, source: str) -> Teacher:
         """``source`` as the server writes it.
@@ -200,18 +199,8 @@ class RunningVllmTeachers:
         dtype = self.settings.dtype if self.settings.dtype != "auto" else "bfloat16"
         served = Served.of(source, dtype, self.say)
         texts = self._probes.of(served.folder.parent, served.fingerprint)
-        way: Way = "same"
-        if self._serving != served.fingerprint and (
-            self._serving or not server.serves(served.folder)
-        ):
-            way = "reload"
-            if not server.reload(served.folder):
-                raise UserError(
-                    f"vllm.url {server.url} serves {server.root or 'another model'} and cannot "
-                    f"take {served.folder}: start it with that folder, or with "
-                    "VLLM_SERVER_DEV_MODE=1 where it can read the folder"
-                )
-            self._serving = served.fingerprint
+        way: Way = "reload" if server.serve(served.folder) else "same"
+        if way == "reload":
             self.say(f"vLLM at {server.url} took {source}")
         _probe(server, texts, dtype, source, self.say)
         self.handovers.append(way)
@@ -273,4 +262,4 @@ def _probe(
 
 def _same_shape(old: Path, new: Path) -> bool:
     """Whether two folders' weights fit the same program."""
-    return (old / CONFIG).read_bytes() == (new / CONFIG).read_bytes()
+    return read_head(old).config == read_head(new).config

@@ -69,6 +69,19 @@ def test_a_stop_string_is_cut_out_of_the_finished_text(url):
     assert (one.text, one.stop, one.finish) == ("so <i>do it</i> now", "", "end")
 
 
+def test_a_server_that_gives_fewer_texts_is_not_paid_again(url, served):
+    proxy = Proxy(lambda: served.generator.server.url)
+    proxy.always = "short"
+    try:
+        generator = UrlTeachers(replace(url, base_url=f"{proxy.url}/v1")).teacher("x").generator
+        request = PromptRequest("p", (), 0, ({"role": "user", "content": "x"},))
+        with pytest.raises(UserError, match=r"gave 1 texts where 2 were asked for"):
+            list(generator.generate([request], SamplingConfig(max_tokens=4), samples=2, seed=0))
+        assert len(proxy.asked) == 1
+    finally:
+        proxy.close()
+
+
 def test_prompts_that_chat_cannot_say_are_refused(url):
     teacher = UrlTeachers(url).teacher("unused")
     for style in ("turns", "list"):

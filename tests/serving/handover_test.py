@@ -152,6 +152,10 @@ def test_a_lost_server_comes_back_with_the_adapter_that_it_had(teachers, base, a
     assert written(teacher) == before
     assert server.adapter is not None
     assert not server.gone()
+    # Whoever asks for the base after a loss gets the base.
+    server.sidecar.end()
+    assert written(teachers.teacher(base.name)) == ours(base.name)
+    assert teachers.handovers[-1] == "start"
 
 
 @pytest.fixture
@@ -186,7 +190,7 @@ def test_old_weights_are_told_from_new_ones_that_moved_less_than_rounding_may(
     moved = np.abs(
         np.concatenate([one.after for one in texts]) - np.concatenate([one.before for one in texts])
     )
-    assert VISIBLE < moved.mean() < TOLERANCE["float32"]
+    assert VISIBLE["float32"] < moved.mean() < TOLERANCE["float32"]
     stale = str(tmp_path / "teacher")
     write_probe(tmp_path, model_fingerprint(stale), "another", texts)
     with pytest.raises(UserError, match="nats a token apart"):
@@ -229,8 +233,8 @@ def test_a_probe_tells_of_the_base_as_well(base, tuned):
 def test_a_running_server_is_used_reloaded_and_never_ended(guest, teachers, base, tuned):
     for folder in (base.name, tuned, base.name):
         assert written(guest.teacher(folder)) == ours(folder)
-    # What it was started with, which an earlier test may have changed since: reloaded or not.
-    assert guest.handovers[1:] == ["reload", "reload"]
+    # What it was started with may have changed since, so that too is handed over.
+    assert guest.handovers == ["reload"] * 3
     guest.close()
     assert not teachers.server.gone()
 
