@@ -20,9 +20,8 @@ from montessori_jax.errors import UserError
 OPENING_TAG = "<instruction>"
 CLOSING_TAG = "</instruction>"
 STYLES = ("chat", "turns", "list")
-# Any text but the opening tag's, or the closing tag's, first letters.
-_BEFORE = "([^<]|<[^i])"
-_WITHIN = "([^<]|<[^/i]|</[^i])"
+# A piece of any text but the first letters of a tag of ours.
+_PIECE = "([^<]|<[^</i]|</[^<i])"
 
 _TASK = (
     "Write one new instruction that a person might give to an AI assistant. It can be a question "
@@ -89,17 +88,17 @@ def build_instruction_prompt(style: str, exemplars: Sequence[str]) -> Prompt:
     stop = (CLOSING_TAG,)
     if style == "chat":
         content = "\n\n".join([_TASK, _REASON, "Examples of instructions:\n" + "\n".join(tagged)])
-        pattern = f"{_BEFORE}*{OPENING_TAG}{_WITHIN}+{CLOSING_TAG}"
+        pattern = f"{_PIECE}*{OPENING_TAG}{_PIECE}+{CLOSING_TAG}"
         return Prompt([{"role": "user", "content": content}], None, "", stop, pattern)
     if style == "turns":
         messages = [{"role": "user", "content": _FIRST_TURN}]
         for turn in tagged:
             messages.append({"role": "assistant", "content": turn})
             messages.append({"role": "user", "content": _NEXT_TURN})
-        return Prompt(messages, None, OPENING_TAG, stop, f"{_WITHIN}+{CLOSING_TAG}")
+        return Prompt(messages, None, OPENING_TAG, stop, f"{_PIECE}+{CLOSING_TAG}")
     if style == "list":
         text = "\n".join([_LIST_HEADING, *tagged, ""])
-        return Prompt(None, text, OPENING_TAG, stop, f"{_WITHIN}+{CLOSING_TAG}")
+        return Prompt(None, text, OPENING_TAG, stop, f"{_PIECE}+{CLOSING_TAG}")
     raise UserError(f"unknown prompt style {style!r}; choose one of {', '.join(STYLES)}")
 
 

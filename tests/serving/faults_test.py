@@ -153,11 +153,13 @@ def assert_running(pids: list[int], want: bool) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_a_lost_server_is_restarted_in_the_middle_of_a_batch(how, vllm, tiny_folder, tmp_path):
-    teachers = open_vllm(tmp_path, replace(SETTINGS, max_num_seqs=2, stall_seconds=12, restarts=2))
+    # Two prompts at a time, so that most are still to come when the first is read.
+    settings = replace(SETTINGS, concurrency=2, stall_seconds=12, restarts=2)
+    teachers = open_vllm(tmp_path, settings)
     try:
         teacher = teachers.teacher(str(tiny_folder))
         server = teacher.generator.server
-        prompts = [build_instruction_prompt("turns", [f"Name {n} towns."]) for n in range(8)]
+        prompts = [build_instruction_prompt("turns", [f"Name {n} towns."]) for n in range(24)]
         asked = [as_request(teacher, f"p{i}", one, i) for i, one in enumerate(prompts)]
         first = processes_of(server)
         found: dict[str, list] = {}
@@ -167,7 +169,7 @@ def test_a_lost_server_is_restarted_in_the_middle_of_a_batch(how, vllm, tiny_fol
                 for pid in first:
                     os.kill(pid, how)
             found[made[0].prompt_id] = made
-        assert sorted(found) == [f"p{i}" for i in range(8)]
+        assert len(found) == 24
         assert server.starts == 2
         assert_running(first, False)
         assert sorted(path.name for path in tmp_path.glob("*.log")) == [
