@@ -29,6 +29,11 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def environment() -> dict[str, str]:
+    """This process's variables without the platform, which the launchers choose."""
+    return {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_what_it_would_run_and_its_usage(script, clone):
     copy = clone / "launch" / script.name
@@ -43,10 +48,9 @@ def test_what_it_would_run_and_its_usage(script, clone):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_sigterm_reaches_the_command(script, clone):
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     process = subprocess.Popen(
         [clone / "launch" / script.name, "my.yaml", "seed=1"],
-        env=environment,
+        env=environment(),
         stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 20
@@ -66,7 +70,7 @@ def test_a_tpu_host_with_vllm_writes_by_it(clone):
     python.chmod(0o755)
     dry = subprocess.run(
         [clone / "launch" / "tpu_host.sh", "--dry-run", "my.yaml", "seed=1"],
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, env=environment(),
     )  # fmt: skip
     assert dry.stdout.rstrip().endswith("montessori run my.yaml generator=vllm seed=1")
     assert "JAX_PLATFORMS=tpu,cpu" in dry.stdout
