@@ -27,7 +27,7 @@ from montessori_jax.stopping import Stop
 
 config = RunConfig(run_dir=sys.argv[1], push_to_hub="org/mine")
 check_hub(config.push_to_hub)
-loop = Loop(config, RunDirectory.create(config, {}), 1, Stop(), print, True)
+loop = Loop(config, RunDirectory.create(config, {}), 1, "teacher", Stop(), print, True)
 
 def generate(work):
     card = DatasetCard("Rows", "Of a test.", {"id": "a name"}, ("by hand",))
