@@ -12,10 +12,6 @@ here="$(cd "$(dirname "$0")" && pwd)"
 # Take memory as it is needed: stages of different sizes follow each other in one process.
 export XLA_PYTHON_CLIENT_PREALLOCATE="${XLA_PYTHON_CLIENT_PREALLOCATE:-false}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}"
-if [ -n "$dry" ]; then
-  echo "XLA_PYTHON_CLIENT_PREALLOCATE=$XLA_PYTHON_CLIENT_PREALLOCATE JAX_PLATFORMS=$JAX_PLATFORMS \\"
-  exec "$here/local.sh" --dry-run "$@"
-fi
-mkdir -p "$here/../runs"
-# tee by process substitution, so that this shell is replaced and signals reach Python.
-exec "$here/local.sh" "$@" > >(tee -a "$here/../runs/$(date -u +%Y%m%dT%H%M%SZ).log") 2>&1
+exported=(XLA_PYTHON_CLIENT_PREALLOCATE JAX_PLATFORMS)
+source "$here/logged.bash"
+run_logged "$@"

@@ -17,10 +17,6 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
 if [ -x "$here/../.venv-vllm/bin/python" ]; then
   set -- "$1" generator=vllm "${@:2}"
 fi
-if [ -n "$dry" ]; then
-  echo "JAX_PLATFORMS=$JAX_PLATFORMS \\"
-  exec "$here/local.sh" --dry-run "$@"
-fi
-mkdir -p "$here/../runs"
-# tee by process substitution, so that this shell is replaced and signals reach Python.
-exec "$here/local.sh" "$@" > >(tee -a "$here/../runs/$(date -u +%Y%m%dT%H%M%SZ).log") 2>&1
+exported=(JAX_PLATFORMS)
+source "$here/logged.bash"
+run_logged "$@"

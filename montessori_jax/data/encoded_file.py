@@ -29,6 +29,7 @@ class EncodedFile(LazySequence[EncodedChat]):
         self._ends = array("q", [0])  # in tokens
         self._prompts = array("i")
         try:
+            # Closed with this object, which outlives any one block.
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         except OSError as error:
             raise self._full(error) from error

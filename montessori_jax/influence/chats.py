@@ -114,6 +114,7 @@ class MeanLoss:
             )
             batch = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
             numbers = np.tile(np.arange(bucket(len(data)), dtype=np.int32), (parts, 1))
+            # NumPy's arrays; a program that takes them sees JAX's.
             yield Packed(batch, numbers), members  # type: ignore[arg-type]
 
     def each(self, params: Params, packed: Packed) -> Float[Array, " samples"]:

@@ -4,13 +4,11 @@ from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
-
 from montessori_jax.config import SamplingConfig, UrlConfig
 from montessori_jax.errors import UserError
 from montessori_jax.generation.endings import Finish
 from montessori_jax.generation.generator import Completion, PromptRequest
-from montessori_jax.serving.requests import Garbled, Patience, ServerLost, ask, stream
+from montessori_jax.serving.requests import Garbled, Patience, ServerLost, ask, open_client, stream
 
 # The address' ``finish_reason`` -> ours.
 ENDS: dict[str, Finish] = {"stop": "end", "length": "length", "content_filter": "end"}
@@ -58,11 +56,7 @@ class ChatGenerator:
                     "generation.style to chat and generation.structured to false"
                 )
         waiting = [one for one in requests if one.id not in finished]
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        client = httpx.AsyncClient(
-            base_url=self.settings.base_url.rstrip("/"), headers=headers, limits=limits
-        )
+        client = open_client(self.settings.base_url.rstrip("/"), self.key)
         patience = Patience(self.settings.retries, self.settings.timeout_seconds)
 
         async def one(request: PromptRequest) -> list[Completion]:

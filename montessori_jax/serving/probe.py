@@ -15,7 +15,7 @@ import numpy as np
 
 from montessori_jax.errors import UserError
 from montessori_jax.runs import write_json
-from montessori_jax.serving.requests import error_text
+from montessori_jax.serving.requests import bearer, error_text
 
 FILE = "probe.json"
 # Largest mean difference of a log-prob in nats by the server's dtype. Measured on SmolLM2 in
@@ -113,8 +113,7 @@ def check_hand_over(
         WrongWeights: they differ by more than ``dtype`` explains, or are nearer to the old weights
             than to the new ones; with both numbers.
     """
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=url, headers=headers, timeout=600.0) as client:
+    with httpx.Client(base_url=url, headers=bearer(key), timeout=600.0) as client:
         served = np.concatenate([server_log_probs(client, model, text) for text in texts])
     new = np.concatenate([text.after for text in texts])
     old = np.concatenate([text.before for text in texts])

@@ -46,6 +46,17 @@ class Patience:
     seconds: float
 
 
+def bearer(key: str) -> dict[str, str]:
+    """The header that a key goes into; none for ""."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def open_client(url: str, key: str) -> httpx.AsyncClient:
+    """A client that bounds nothing by itself: `stream` does."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    return httpx.AsyncClient(base_url=url, headers=bearer(key), limits=limits)
+
+
 async def ask(
     client: httpx.AsyncClient,
     path: str,

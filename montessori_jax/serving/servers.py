@@ -10,14 +10,13 @@ import httpx
 
 from montessori_jax.config import VllmConfig
 from montessori_jax.errors import UserError
-from montessori_jax.serving.requests import error_text
+from montessori_jax.serving.requests import bearer, error_text
 from montessori_jax.serving.sidecar import MODEL, Sidecar
 from montessori_jax.stopping import Stop
 
 
 def _client(url: str, key: str) -> httpx.Client:
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(base_url=url, headers=headers, timeout=600.0)
+    return httpx.Client(base_url=url, headers=bearer(key), timeout=600.0)
 
 
 Reload = Literal["done", "absent", "failed"]
@@ -84,18 +83,18 @@ class ManagedServer:
         """Restart it with the weights and the adapter that it had."""
         assert self.folder is not None
         self.sidecar.say(f"vLLM was lost: {reason}; restarting it")
+        adapter = self.adapter
         self.restart(self.folder, self.base)
-
-    def restart(self, folder: Path, base: str) -> None:
-        """Serve ``folder`` from a fresh process; the adapter goes along if its base stays."""
-        adapter = self.adapter if base == self.base else None
-        self.adapter, self.folder, self.base = None, folder, base
-        self.sidecar.start(folder)
-        self.starts += 1
         if adapter is not None and not self.load_adapter(*adapter):
             raise UserError(
                 f"vLLM took the adapter {adapter[1]} before and does not after a restart"
             )
+
+    def restart(self, folder: Path, base: str) -> None:
+        """Serve ``folder`` from a fresh process, without an adapter."""
+        self.adapter, self.folder, self.base = None, folder, base
+        self.sidecar.start(folder)
+        self.starts += 1
 
     def reload(self, folder: Path, base: str) -> bool:
         """Take ``folder``'s weights in place; False where the server cannot (then restart it)."""
@@ -153,9 +152,8 @@ class RunningServer:
             UserError: it does not answer, refuses the key, or is no vLLM with a model.
         """
         url = settings.url.rstrip("/").removesuffix("/v1")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=30.0)
+            answer = httpx.get(f"{url}/v1/models", headers=bearer(key), timeout=30.0)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise UserError(
                 f"vllm.url {settings.url}: no server answers there ({type(error).__name__}); start "

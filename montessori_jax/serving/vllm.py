@@ -12,7 +12,7 @@ from montessori_jax.config import SamplingConfig, VllmConfig
 from montessori_jax.errors import UserError
 from montessori_jax.generation.endings import Ending, Finish, Turns, find_ending
 from montessori_jax.generation.generator import Completion, PromptRequest
-from montessori_jax.serving.requests import Garbled, Patience, ServerLost, ask, stream
+from montessori_jax.serving.requests import Garbled, Patience, ServerLost, ask, open_client, stream
 
 LOOK_SECONDS = 2.0
 ENDS: dict[str, Finish] = {"stop": "end", "length": "length"}
@@ -129,9 +129,7 @@ class VllmGenerator:
         seed: int,
     ) -> Generator[list[Completion], None, None]:
         patience = Patience(self.settings.retries, self.settings.request_seconds)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        headers = {"Authorization": f"Bearer {self.server.key}"} if self.server.key else {}
-        client = httpx.AsyncClient(base_url=self.server.url, headers=headers, limits=limits)
+        client = open_client(self.server.url, self.server.key)
 
         async def one(request: PromptRequest) -> list[Completion]:
             body = self.body(request, settings, samples, stop, seed)

@@ -154,7 +154,7 @@ class VllmTeachers:
             )
         if way == "reload":
             return server.reload(served.folder, served.source)
-        server.end()  # with whatever adapter it had
+        server.end()
         self._check_room(served)
         server.restart(served.folder, served.source)
         return True
@@ -201,7 +201,8 @@ class RunningVllmTeachers:
         texts = self._probes.of(served.folder.parent, served.fingerprint)
         way: Way = "reload" if server.serve(served.folder) else "same"
         if way == "reload":
-            self.say(f"vLLM at {server.url} took {source}")
+            unchecked = "" if texts else "; no probe of it was found, so this is not checked"
+            self.say(f"vLLM at {server.url} took {source}{unchecked}")
         _probe(server, texts, dtype, source, self.say)
         self.handovers.append(way)
         positions = server.positions or served.head.config.max_position_embeddings
