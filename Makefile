@@ -2,7 +2,8 @@
 # make test         the test suite, small forms of the end-to-end tests included
 # make test-all     the slow end-to-end tests too
 # make vllm         vLLM in an environment of its own, .venv-vllm (5 minutes, 3.5 GB on a CPU)
-# make lint         ruff, mypy
+# make plans        what the paper's configs take on TPUs: docs/plans (hours of compiling)
+# make lint         ruff, mypy, shellcheck
 # make format       let ruff rewrite
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ VLLM_FOR ?= $(shell if command -v nvidia-smi >/dev/null; then echo cuda; \
   elif ls /dev/accel* /dev/vfio/* 2>/dev/null | grep -qE 'accel|vfio/[0-9]'; then echo tpu; \
   else echo cpu; fi)
 
-.PHONY: help quickstart install dev vllm test test-all lint format clean
+.PHONY: help quickstart install dev vllm test test-all plans lint format clean
 
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
@@ -29,7 +30,7 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet -e '.[report]'
 	@touch $@
 
 # torch is for tests alone: the exact pin comes first, so that no range brings another build.
@@ -74,10 +75,14 @@ test: dev
 test-all: dev
 	$(BIN)/python -m pytest -m '' -n $(JOBS) --dist loadfile --durations 15
 
+plans: dev
+	$(BIN)/python -m benchmarks.plans
+
 lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh launch/*.bash launch/*.sbatch
 
 format: dev
 	$(BIN)/ruff check --fix .

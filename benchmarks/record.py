@@ -17,6 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "rapidfuzz", "rouge-score"),
     *("transformers", "tokenizers", "torch", "trl", "gguf", "safetensors", "pyarrow", "libtpu"),
+    "lm-eval",
 )
 """Packages whose versions can change a result; those that are absent are left out."""
 

@@ -39,7 +39,7 @@ from montessori_jax.generation.teacher import Teacher
 from montessori_jax.runs import Journal
 from montessori_jax.serving.environment import environment_for
 from montessori_jax.serving.vllm_teachers import VllmTeachers
-from montessori_jax.stages.generate import as_request, sample
+from montessori_jax.stages.sample import as_request, sample
 from montessori_jax.stopping import Stop
 from montessori_jax.work import Work
 

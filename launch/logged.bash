@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2154  # here and exported are set by who sources this
 # Sourced by the launchers that keep a run's output in runs/. They set `here` (this folder), `dry`
 # (not empty: print, do not run) and `exported` (the variables to show), and then call
 #   run_logged CONFIG [section.key=value ...]

@@ -3,7 +3,9 @@
 #
 #   launch/tpu_host.sh CONFIG [section.key=value ...]     [--dry-run first prints]
 #
-# Needs: pip install '.[tpu]' in .venv; for vLLM also make vllm. Costs: see the config's head.
+# Needs: pip install '.[tpu]' in .venv; for vLLM also make vllm. Costs: see the
+#   config's head for hours; chips times the list price at cloud.google.com/tpu/pricing, check it.
+# Example: launch/tpu_host.sh configs/quickstart.yaml
 #
 # A chip belongs to one process. So with vLLM (generator=vllm, added here where .venv-vllm is there)
 # the process that leads the run stays on the CPU, every stage that trains has a process of its own,
@@ -11,7 +13,7 @@
 set -euo pipefail
 dry=""
 if [ "${1:-}" = "--dry-run" ]; then dry=--dry-run; shift; fi
-[ $# -ge 1 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 2; }
 here="$(cd "$(dirname "$0")" && pwd)"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
 if [ -x "$here/../.venv-vllm/bin/python" ]; then

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from montessori_jax import __version__
+from montessori_jax.commands.cross_student import add_cross_student
 from montessori_jax.commands.dpo import add_dpo
 from montessori_jax.commands.evaluate import add_evaluate
 from montessori_jax.commands.generate import add_generate
+from montessori_jax.commands.head_to_head import add_head_to_head
 from montessori_jax.commands.influence import add_influence
+from montessori_jax.commands.plan import add_plan
 from montessori_jax.commands.preferences import add_preferences
 from montessori_jax.commands.report import add_report
 from montessori_jax.commands.run import add_run
@@ -23,6 +26,7 @@ from montessori_jax.stopping import Stop, on_signals
 # In the order in which --help lists them.
 COMMANDS = (
     add_run,
+    add_plan,
     add_generate,
     add_sft,
     add_influence,
@@ -30,6 +34,8 @@ COMMANDS = (
     add_preferences,
     add_dpo,
     add_evaluate,
+    add_head_to_head,
+    add_cross_student,
     add_report,
 )
 
@@ -42,8 +48,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: exits with 0, 2 (a `UserError`), 130 (Ctrl-C) or 143 (SIGTERM)."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    """Entry point: exits with 0, a `UserError`'s status (2, 75), 130 (Ctrl-C) or 143 (SIGTERM)."""
+    status = run(sys.argv[1:] if arguments is None else arguments)
+    if "montessori_jax.cluster" in sys.modules:
+        from montessori_jax import cluster
+
+        if cluster.count() > 1:
+            # All have parted; JAX's exit handler would wait for those that are gone, or die.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    sys.exit(status)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -60,14 +75,15 @@ def run(arguments: Sequence[str]) -> int:
         parsed.overrides = [*parsed.overrides, *rest]
     stop = Stop()
     try:
+        from montessori_jax import cluster
         from montessori_jax.devices import cache_programs
 
         cache_programs()
-        with on_signals(stop):
+        with on_signals(stop), cluster.joined():
             parsed.command(parsed, stop)
     except UserError as error:
         print(f"montessori: error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except (Interrupted, KeyboardInterrupt):
         print("montessori: stopped; the same command goes on from here", file=sys.stderr)
         return 128 + (stop.signal or signal.SIGINT)

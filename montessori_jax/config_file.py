@@ -1,7 +1,7 @@
 """Config files: YAML and ``section.key=value`` overrides -> checked config dataclasses.
 
 An unknown key, a wrong type or an impossible value is a one-line `UserError` that names the key,
-the file and what was expected.
+the file and what was expected. A file may begin from another one: ``base: other.yaml``.
 """
 
 import copy
@@ -62,6 +62,43 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping on top of its ``base``, if it names one: another file, from its own folder.
+
+    Sections are joined key by key; any other value of the file replaces its base's. A base may have
+    a base.
+
+    Raises:
+        UserError: a file of the chain cannot be read, or the chain comes back to itself.
+    """
+    return _with_base(Path(path), ())
+
+
+def _with_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise UserError(f"{path}: 'base' comes back to this file: take it out of one of them")
+    try:
+        values = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{error} (the base of {above[-1]})" if above else str(error)) from None
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise UserError(f"{path}: 'base' is {base!r}, but: a file's name was expected")
+    return _joined(_with_base(path.parent / base, (*above, path.resolve())), values)
+
+
+def _joined(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    joined = dict(base)
+    for key, value in values.items():
+        known = base.get(key)
+        if isinstance(known, dict) and isinstance(value, dict):
+            value = _joined(known, value)
+        joined[key] = value
+    return joined
+
+
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """Apply ``section.key=value`` assignments (values are YAML) to a copy of ``values``."""
     result = copy.deepcopy(values)
@@ -84,4 +121,4 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
 def load_run_config(path: str | Path, assignments: list[str] | None = None) -> RunConfig:
     """A `RunConfig` from a YAML file and ``section.key=value`` overrides."""
-    return build(RunConfig, override(read_yaml(path), assignments or []), str(path))
+    return build(RunConfig, override(read_config(path), assignments or []), str(path))

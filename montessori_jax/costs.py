@@ -10,9 +10,11 @@ from typing import Any
 import jax
 
 # Dense bf16 peak in FLOP/s of one chip, as its maker publishes it; model FLOP utilisation is
-# printed only for devices named here.
+# printed only for devices named here. GeForce: with sums in float32, NVIDIA's Ada GPU architecture
+# white paper.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
     "TPU v4": 275e12,
@@ -30,11 +32,12 @@ RATES = ("model_flop_utilisation", "generated_tokens_per_second")
 
 
 def device_peak() -> float | None:
-    """Published bf16 FLOP/s of all local devices together, or None where it is not known."""
+    """Published bf16 FLOP/s of all devices of the job together, or None where it is not known."""
     kind = jax.devices()[0].device_kind
     for name, peak in PEAK_FLOPS.items():
-        if kind.startswith(name):
-            return peak * jax.local_device_count()
+        # A GeForce's name is the beginning of weaker cards' too.
+        if kind == name if "GeForce" in name else kind.startswith(name):
+            return peak * jax.device_count()
     return None
 
 

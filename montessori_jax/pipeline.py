@@ -1,165 +1,65 @@
-"""The loop of Montessori-Instruct (arXiv 2410.14208), readable top to bottom.
+"""A run: its directory, its back-end, and the loop over iterations of its method.
 
-`run_iteration` is the paper's figure 2: generate, split, warm up, probe, prefer, DPO, synthesise,
-train, evaluate. Each is a stage that writes one folder of the run directory from the folders of
-earlier ones, and is passed over when it is done already.
+What an iteration does is the method's: `montessori_jax.methods.montessori` is the paper's.
 """
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from montessori_jax.config import RunConfig, TrainingConfig
-from montessori_jax.costs import Meter, describe_cost
+from montessori_jax import cluster
+from montessori_jax.config import RunConfig, as_dict
+from montessori_jax.data.overlap import warn_about_overlaps
 from montessori_jax.data.rows import read_rows
-from montessori_jax.data.tables import read_table
 from montessori_jax.devices import cache_programs, keep_off_accelerator, local_platform
-from montessori_jax.dtypes import forward_dtype
 from montessori_jax.errors import UserError
-from montessori_jax.generation.teacher import Teachers
-from montessori_jax.host_memory import return_freed_memory
-from montessori_jax.hub import check_hub, push_stage
-from montessori_jax.models.loaded import LoadedModel
-from montessori_jax.models.sources import load_model, model_fingerprint
-from montessori_jax.report import lines
+from montessori_jax.evaluation.requirements import check_evaluations
+from montessori_jax.hub import check_hub
+from montessori_jax.loop import Loop, Say, StageEnded
+from montessori_jax.methods import METHODS
+from montessori_jax.models.sources import model_fingerprint
+from montessori_jax.report import page
 from montessori_jax.report.summary import summarise
 from montessori_jax.report.table import render
-from montessori_jax.runs import RunDirectory, value_hash, write_atomic, write_json
-from montessori_jax.seeding import derive_seed
+from montessori_jax.runs import MARKER, RunDirectory, flatten, value_hash, write_atomic, write_json
 from montessori_jax.serving.teachers import (
     BackEnd,
+    UrlTeachers,
     choose_back_end,
     open_teachers,
     shares_accelerator,
 )
-from montessori_jax.stage_process import in_own_process
-from montessori_jax.stages.dpo import dpo
-from montessori_jax.stages.evaluate import evaluate
-from montessori_jax.stages.finetune import finetune, warm_up
-from montessori_jax.stages.generate import generate
-from montessori_jax.stages.influence import influence
-from montessori_jax.stages.preferences import preferences
-from montessori_jax.stages.similarity import compare_texts
-from montessori_jax.stages.split import split_candidates
 from montessori_jax.stopping import Stop
-from montessori_jax.trackers import Tracking, check_tracker
-from montessori_jax.work import Work
-
-Result = dict[str, Any]
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Loop:
-    """One iteration's surroundings: settings, folders, and how a stage is run.
-
-    ``teacher`` is the model that the iteration begins with; ``own_processes`` runs each stage that
-    trains in a process of its own.
-    """
-
-    config: RunConfig
-    directory: RunDirectory
-    iteration: int
-    teacher: str
-    stop: Stop
-    say: Say
-    quiet: bool
-    teachers: Teachers | None = None  # None in a stage's own process, which only trains
-    back_end: BackEnd = "jax"
-    own_processes: bool = False
-    only: str | None = None  # in a stage's own process, that stage
-
-    def folder(self, stage: str) -> str:
-        """Where a stage of this iteration writes."""
-        return str(self.directory.path / f"iteration-{self.iteration}" / stage)
-
-    def stage(
-        self,
-        name: str,
-        body: Callable[[Work], Result],
-        line: Callable[[Result], str],
-        *,
-        draws: str = "",
-        trains: bool = False,
-    ) -> Result:
-        """Run one stage, or give its result if it is done; say in one line what came of it.
-
-        ``draws`` keys the stage's random draws (by default its name): stages that share it draw
-        alike. ``trains`` is whether it needs the accelerator for JAX.
-        """
-        full = f"iteration-{self.iteration}/{name}"
-        folder = self.directory.stage(full)
-        done = folder.result()
-        if self.only is not None and full != self.only:
-            assert done is not None, f"{full} comes before {self.only} and is not done"
-            return done
-        if done is not None:
-            self.say(f"{full}: done before: {line(done)}")
-            self.push(full, folder.path)
-            return done
-        self.stop.check()
-        if trains and self.teachers is not None:
-            self.teachers.release()
-        if trains and self.own_processes:
-            about = (self.config, self.iteration, self.teacher, self.back_end, full, self.quiet)
-            memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(self.config.jax_memory_fraction)}
-            in_own_process(run_stage, about, stop=self.stop, environment=memory)
-            made = folder.result()
-            assert made is not None, f"{full} ended without its marker"
-            return made
-        meter = Meter(self.directory.path / "costs.jsonl", full)
-        seed = derive_seed(self.config.seed, self.iteration, draws or name)
-        finished = False
-        try:
-            tracking = self.tracking(full)
-            result = body(Work(folder.path, seed, meter, self.stop, self.say, self.quiet, tracking))
-            finished = True
-        finally:
-            cost = meter.close(finished)
-            return_freed_memory()
-        folder.finish(result)
-        self.say(f"{full}: {line(result)}  ({describe_cost(cost)})")
-        self.push(full, folder.path)
-        if self.only is not None:
-            raise StageEnded
-        return result
-
-    def tracking(self, stage: str) -> Tracking:
-        """Where the stage's metrics go besides their file."""
-        path = self.directory.path
-        kinds, project = self.config.tracker, self.config.tracker_project
-        return Tracking(kinds, project, path.resolve().name, stage, path / "tracker")
-
-    def push(self, stage: str, folder: Path) -> None:
-        """Push what a finished stage made, if that is asked for and not done yet."""
-        prefix = self.config.push_to_hub
-        if prefix:
-            push_stage(folder, stage, prefix, private=self.config.push_private, say=self.say)
-
-
-class StageEnded(Exception):
-    """The one stage that a process is for has ended."""
+from montessori_jax.storage import local_folder, mirrored
+from montessori_jax.trackers import check_tracker
 
 
 def run_stage(
     config: RunConfig,
+    folder: Path,
     iteration: int,
     teacher: str,
     back_end: BackEnd,
     only: str,
     quiet: bool,
+    profile: Path | None,
     stop: Stop,
 ) -> None:
     """One stage of an iteration whose earlier ones are done: what a stage's own process runs."""
     cache_programs()
-    directory = RunDirectory(Path(config.run_dir))
+    directory = RunDirectory(folder)
     loop = Loop(
-        config, directory, iteration, teacher, stop, say_line, quiet, back_end=back_end, only=only
-    )
+        config, directory, iteration, teacher, stop, say_line, quiet, back_end=back_end, only=only,
+        profile=profile,
+    )  # fmt: skip
     with contextlib.suppress(StageEnded):
-        run_iteration(loop)
+        METHODS[config.method].iterate(loop)
+
+
+def nothing(text: str) -> None:
+    """What a process says that is not the leader."""
 
 
 def say_line(text: str) -> None:
@@ -167,121 +67,9 @@ def say_line(text: str) -> None:
     print(text, flush=True)
 
 
-def run_iteration(loop: Loop) -> str:
-    """One time round the loop from its teacher; returns the tuned teacher's folder."""
-    config, data, folder, teacher = loop.config, loop.config.data, loop.folder, loop.teacher
-
-    def write_data(source: str, prompts: int) -> Callable[[Work], Result]:
-        def body(work: Work) -> Result:
-            assert loop.teachers is not None
-            writer = loop.teachers.teacher(source)
-            return generate(
-                writer, data.seeds, config.generation, config.responses, work, prompts=prompts
-            )
-
-        return body
-
-    def student(settings: TrainingConfig) -> LoadedModel:
-        return load_model(config.student, dtype=settings.held_dtype)
-
-    loop.stage("generate", write_data(teacher, config.generation.prompts), lines.generated)
-    loop.stage(
-        "split",
-        lambda work: split_candidates(
-            folder("generate"), config.warmup_fraction, config.warmup.rows, work
-        ),
-        lines.split,
-    )
-    warmup, probing = folder("split/warmup.parquet"), folder("split/probing.parquet")
-    loop.stage(
-        "warmup",
-        lambda work: warm_up(student(config.warmup), warmup, config.warmup, work),
-        lines.trained,
-        trains=True,
-    )
-    loop.stage(
-        "influence",
-        lambda work: influence(
-            folder("warmup"),
-            probing,
-            data.reference,
-            config.influence,
-            work,
-            num_reference=data.num_reference,
-        ),
-        lines.scored,
-        trains=True,
-    )
-    scores, asked = folder("influence/scores.parquet"), folder("generate/prompts.jsonl")
-    loop.stage(
-        "preferences",
-        lambda work: preferences(probing, scores, config.preferences, work, prompts=asked),
-        lines.preferred,
-    )
-    loop.stage(
-        "dpo",
-        lambda work: dpo(
-            load_model(teacher, dtype=config.dpo.held_dtype),
-            folder("preferences"),
-            config.dpo,
-            work,
-            probe=loop.back_end == "vllm",
-        ),
-        lines.tuned,
-        trains=True,
-    )
-    tuned = folder("dpo/teacher")
-
-    # From here on two teachers side by side: the tuned one, and the one that the run began with
-    # (Self-Instruct): the same prompts, filters, budget and draws.
-    teachers = {"tuned": tuned}
-    if config.compare_self_instruct:
-        teachers = {"untuned": config.teacher, **teachers}
-    for name, source in teachers.items():
-        writes = write_data(source, config.synthesis_prompts)
-        loop.stage(f"synthesise-{name}", writes, lines.generated, draws="synthesise")
-    data_of = {name: folder(f"synthesise-{name}") for name in teachers}
-    if config.compare_self_instruct:
-        loop.stage(
-            "similarity",
-            lambda work: compare_texts(data_of["untuned"], data_of["tuned"], work),
-            lines.compared,
-        )
-    rows = min(config.sft.rows, *(len(read_table(place)) for place in data_of.values()))
-    budget = replace(config.sft, rows=rows)
-
-    def train_on(place: str) -> Callable[[Work], Result]:
-        return lambda work: finetune(student(budget), place, budget, work)
-
-    for name, place in data_of.items():
-        loop.stage(f"train-{name}", train_on(place), lines.trained, draws="train", trains=True)
-
-    def evaluate_student(source: str) -> Callable[[Work], Result]:
-        dtype = forward_dtype(config.evaluation)
-        return lambda work: evaluate(
-            load_model(source, dtype=dtype),
-            data.heldout,
-            config.evaluation,
-            work,
-            num_heldout=data.num_heldout,
-        )
-
-    students = {name: folder(f"train-{name}/student") for name in teachers}
-    if loop.iteration == 1:  # the student as it is, the same in every iteration
-        students = {"untrained": config.student, **students}
-    for name, source in students.items():
-        loop.stage(
-            f"evaluate-{name}",
-            evaluate_student(source),
-            lines.evaluated,
-            draws="evaluate",
-            trains=True,
-        )
-    return tuned
-
-
 def inputs_of(config: RunConfig) -> dict[str, str]:
     """Content hashes of everything that a run reads, so that changed inputs are noticed."""
+    local_teacher = METHODS[config.method].writes_first and config.generator != "url"
     sources = {
         "seeds": config.data.seeds,
         "reference": config.data.reference,
@@ -293,36 +81,86 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
     }
     return {
         **{name: value_hash(content) for name, content in rows.items()},
-        "teacher": model_fingerprint(config.teacher),
+        **({"teacher": model_fingerprint(config.teacher)} if local_teacher else {}),
         "student": model_fingerprint(config.student),
     }
 
 
-def run(config: RunConfig, *, say: Say, stop: Stop, quiet: bool = False) -> dict[str, Any]:
+@contextlib.contextmanager
+def opened(config: RunConfig, say: Say) -> Iterator[RunDirectory]:
+    """The run's directory, ours alone within the block; where it is a URL, kept like that.
+
+    Of several processes the leader holds it; the others see what it has written, or fetch it into
+    a folder of their own.
+    """
+    folder = local_folder(config.run_dir, config.local_dir)
+    with contextlib.ExitStack() as stack:
+        inputs = inputs_of(config)
+        settings = {k: v for k, v in flatten(as_dict(config)).items() if k != "local_dir"}
+        cluster.same_everywhere({**settings, **{f"content of {k}": v for k, v in inputs.items()}})
+        if cluster.is_leader():
+            stack.enter_context(RunDirectory(folder).locked())
+        kept = stack.enter_context(mirrored(config.run_dir, folder, say))
+        if cluster.is_leader():
+            RunDirectory.create(config, inputs, folder)
+        cluster.barrier("the run directory")
+        kept.share()
+        yield kept.open(folder)
+
+
+def run(
+    config: RunConfig, *, say: Say, stop: Stop, quiet: bool = False, profile: Path | None = None
+) -> dict[str, Any]:
     """The whole run; resumes where an earlier one in the same directory ended.
 
-    Returns the summary, which is also written to ``summary.json`` and ``report.md``.
+    ``profile`` is a folder for traces of the stages that train, measure or evaluate.
+
+    Returns the summary, which is also written to ``summary.json``, ``report.md`` and, with the
+    extra ``report``, ``report.html``.
     """
     check_tracker(config.tracker)
     check_hub(config.push_to_hub)
+    compares = METHODS[config.method].tunes and config.compare_self_instruct
+    check_evaluations(
+        config.evaluation,
+        config.judge,
+        self_instruct=compares or config.method == "self_instruct",
+    )
     back_end = choose_back_end(config)
     own_processes = stage_processes(config, back_end)
-    directory = RunDirectory.create(config, inputs_of(config))
-    logs = directory.path / "vllm"
+    if cluster.count() > 1 and (back_end != "jax" or own_processes):
+        raise UserError(
+            "several processes: only the built-in sampler writes in all of them: set generator: "
+            "jax and stage_processes: never"
+        )
+    if not cluster.is_leader():
+        say, quiet = nothing, True
     with (
-        directory.locked(),
-        contextlib.closing(open_teachers(config, back_end, logs, say=say, stop=stop)) as teachers,
+        opened(config, say) as directory,
+        contextlib.closing(
+            open_teachers(config, back_end, directory.path / "vllm", say=say, stop=stop)
+        ) as teachers,
     ):
-        teacher = config.teacher
-        if not directory.stage("iteration-1/generate").result():
+        if cluster.is_leader():
+            seeds = read_rows(config.data.seeds, need_response=False).rows
+            for warning in warn_about_overlaps(seeds, name=f"the seeds {config.data.seeds}"):
+                say(f"warning: {warning}")
+        method, teacher = METHODS[config.method], config.teacher
+        rounds = config.iterations if method.goes_round else 1
+        if rounds < config.iterations:
+            say(f"{config.method} does not go round: one iteration instead of {config.iterations}")
+        first = directory.path / "iteration-1" / method.writes_first / MARKER
+        if method.writes_first and not first.exists():
             teachers.check(teacher)
-        for number in range(1, config.iterations + 1):
+            if config.judged and config.judge.base_url:
+                UrlTeachers(config.judge).check("")
+        for number in range(1, rounds + 1):
             loop = Loop(
                 config, directory, number, teacher, stop, say, quiet, teachers, back_end,
-                own_processes,
+                run_stage if own_processes else None, profile=profile,
             )  # fmt: skip
-            teacher = run_iteration(loop)
-        return report(directory, say)
+            teacher = method.iterate(loop)
+        return report(directory, say) if cluster.is_leader() else {}
 
 
 def stage_processes(config: RunConfig, back_end: BackEnd) -> bool:
@@ -332,10 +170,10 @@ def stage_processes(config: RunConfig, back_end: BackEnd) -> bool:
     Raises:
         UserError: the settings cannot work together.
     """
-    if back_end == "url":
+    if back_end == "url" and METHODS[config.method].tunes:
         raise UserError(
-            "generator url: a model behind an address has no weights to tune, which the loop does: "
-            "set generator: vllm or jax; montessori generate --generator url only writes data"
+            f"generator url: a model behind an address has no weights to tune, which the method "
+            f"{config.method} does: set generator: vllm or jax, or method: self_instruct or llm2llm"
         )
     shared = shares_accelerator(config, back_end)
     if shared and config.stage_processes == "never":
@@ -355,10 +193,13 @@ def stage_processes(config: RunConfig, back_end: BackEnd) -> bool:
 
 
 def report(directory: RunDirectory, say: Say) -> dict[str, Any]:
-    """Write ``summary.json`` and ``report.md`` and show the latter."""
+    """Write ``summary.json``, ``report.md`` and ``report.html``; show the second."""
     summary = summarise(directory)
     write_json(directory.path / "summary.json", summary)
     text = render(summary)
     write_atomic(Path(directory.path / "report.md"), text)
     say("\n" + text)
+    if page.available():
+        written = page.write_page([directory.path], directory.path, parse=False)
+        say(f"The page of figures and samples: {written}")
     return summary

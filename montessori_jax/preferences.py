@@ -120,6 +120,28 @@ def build_pairs(
     return pairs, report
 
 
+def helpful(candidates: Sequence[Scored], settings: PreferencesConfig) -> list[Scored]:
+    """The candidates that are worth learning from by themselves, in order, by the same rules.
+
+    By ``sign`` those with positive influence, by ``relative`` those above the step of a zero
+    gradient, by ``extremes`` the best of each prompt that has a worse one.
+    """
+    prompts: dict[str, list[Scored]] = {}
+    for one in candidates:
+        if one.influence is not None and math.isfinite(one.influence):
+            prompts.setdefault(one.prompt_id, []).append(one)
+    found: list[Scored] = []
+    for members in prompts.values():
+        if settings.rule == "extremes":
+            best = max(members, key=_influence)
+            if any(_influence(one) < _influence(best) for one in members):
+                found.append(best)
+        else:
+            base = _baseline(settings.rule, members)
+            found += [one for one in members if _influence(one) > base]
+    return found
+
+
 def hold_out(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Split into training and held-out pairs, whole prompts at a time.
 

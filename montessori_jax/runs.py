@@ -10,37 +10,46 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from etils import epath
 
+from montessori_jax import cluster
 from montessori_jax.config import RunConfig, as_dict
 from montessori_jax.config_file import read_yaml
 from montessori_jax.data.writing import open_atomically
 from montessori_jax.errors import UserError
+from montessori_jax.versions import NAME as VERSIONS
+from montessori_jax.versions import recorded_versions, versions
 
 MARKER = "done.json"
 # May differ between the runs that share a directory: where it is, how far to go, how often to
 # save, on how many devices, who is told. Everything else decides what the artifacts hold.
 FREE_KEYS = frozenset(
-    ["run_dir", "iterations", "tracker", "tracker_project", "push_to_hub", "push_private",
-     "stage_processes", "jax_memory_fraction"]
+    ["run_dir", "local_dir", "iterations", "tracker", "tracker_project", "push_to_hub",
+     "push_private", "stage_processes", "jax_memory_fraction"]
 )  # fmt: skip
-FREE_LEAVES = ("checkpoint_every", "devices", "student_shards")
+FREE_LEAVES = ("checkpoint_every", "checkpoints_kept")
+# How much an evaluation does at one time.
+FREE_AT_ONCE = ("rows_per_pass", "tokens_per_pass", "prompts_per_batch")
 # How servers are run; what they compute in, and which model is asked, is not free.
-FREE_SECTIONS = ("vllm.", "url.")
-BOUND = ("vllm.dtype", "url.model")
+FREE_SECTIONS = ("vllm.", "url.", "judge.", "mesh.")
+BOUND = ("vllm.dtype", "url.model", "judge.model", "judge.base_url")
 # Sections that decide one stage (and those after it) may change until that stage is done.
 STAGE_OF = {
-    "warmup": "warmup",
-    "influence": "influence",
-    "preferences": "preferences",
-    "dpo": "dpo",
-    "sft": "train",
-    "evaluation": "evaluate",
+    "warmup": ("warmup",),
+    "influence": ("influence",),
+    "judge": ("judge", "evaluate"),
+    "judging": ("judge",),
+    "preferences": ("preferences", "helpful"),
+    "dpo": ("dpo",),
+    "bootstrap": ("bootstrap",),
+    "sft": ("train",),
+    "evaluation": ("evaluate", "losses"),
 }
 
 
@@ -78,19 +87,24 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-        and key not in FREE_KEYS
-        and (key in BOUND or not key.startswith(FREE_SECTIONS))
-        and key.rsplit(".", 1)[-1] not in FREE_LEAVES
+        if before.get(key) != after.get(key) and not _is_free(key)
     ]
+
+
+def _is_free(key: str) -> bool:
+    leaf = key.rsplit(".", 1)[-1]
+    at_once = key.startswith("evaluation.") and leaf in FREE_AT_ONCE
+    section = key.startswith(FREE_SECTIONS) and key not in BOUND
+    return key in FREE_KEYS or leaf in FREE_LEAVES or at_once or section
 
 
 def _reopen(run: Path, change: str) -> bool:
     """Whether a changed setting belongs to a stage that is not done; what it began is removed."""
-    stage = STAGE_OF.get(change.partition(".")[0])
-    if stage is None:
+    stages = STAGE_OF.get(change.partition(".")[0])
+    if stages is None:
         return False
-    begun = [place for place in run.glob(f"iteration-*/{stage}*") if place.is_dir()]
+    places = [place for stage in stages for place in run.glob(f"iteration-*/{stage}*")]
+    begun = [place for place in places if place.is_dir()]
     if any((place / MARKER).exists() for place in begun):
         return False
     for place in begun:
@@ -118,26 +132,36 @@ class StageFolder:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where one run lives. Open it with `RunDirectory.open`."""
+    """Where one run lives. Open it with `RunDirectory.create`.
+
+    ``send`` is called when something is finished that other machines should see, ``share`` by all
+    processes before the others need what the leader made; ``store`` is where they write training
+    states if they share no disk (`montessori_jax.storage.Kept`).
+    """
 
     path: Path
+    send: Callable[[], None] = lambda: None
+    share: Callable[[], None] = lambda: None
+    store: epath.Path | None = None
 
     @classmethod
-    def create(cls, config: RunConfig, inputs: dict[str, str]) -> "RunDirectory":
+    def create(
+        cls,
+        config: RunConfig,
+        inputs: dict[str, str],
+        path: Path | None = None,
+    ) -> "RunDirectory":
         """A new directory, or the same run's again.
 
         Args:
             config: the resolved settings, compared with those of an earlier run here.
             inputs: name -> content hash of every file and model that is read.
+            path: the folder, where ``config.run_dir`` is a URL.
 
         Raises:
             UserError: settings or inputs differ from the earlier run's; the message lists them.
         """
-        path = Path(config.run_dir)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be created: {error.strerror}") from None
+        path = _made(Path(config.run_dir) if path is None else path)
         resolved = as_dict(config)
         config_file, inputs_file = path / "config.yaml", path / "inputs.json"
         if config_file.exists():
@@ -152,6 +176,9 @@ class RunDirectory:
                 )
         write_json(inputs_file, inputs)
         write_atomic(config_file, yaml.safe_dump(resolved, sort_keys=False))
+        earlier, now = recorded_versions(path), versions()
+        if now not in earlier[-1:]:
+            write_json(path / VERSIONS, [*earlier, now])
         return cls(path)
 
     @classmethod
@@ -164,7 +191,7 @@ class RunDirectory:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory: two processes at once would tear each other's files."""
-        with open(self.path / ".lock", "w", encoding="utf-8") as file:
+        with open(_made(self.path) / ".lock", "w", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -178,6 +205,14 @@ class RunDirectory:
         folder = self.path / name
         folder.mkdir(parents=True, exist_ok=True)
         return StageFolder(folder)
+
+
+def _made(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be created: {error.strerror}") from None
+    return path
 
 
 class Journal:
@@ -223,6 +258,62 @@ class Journal:
                 "the same command goes on from there"
             ) from None
         self.records.extend(records)
+
+
+class SharedJournal(Journal):
+    """A journal that the processes of a job write together, each into a file of its own.
+
+    `gather` tells all of them what each has appended; it is then in the leader's file too. All
+    processes open it, and gather, together. What those of an earlier job, more or fewer, had not
+    told yet is read from their files and told first, where a process of this job sees them.
+
+    Args:
+        path: the leader's file; the others' names end in their number. All processes may see the
+            folder, or each have its own.
+        key: as of `Journal`.
+    """
+
+    def __init__(self, path: Path, key: dict[str, Any]):
+        mine = cluster.index()
+        super().__init__(path if mine == 0 else _part(path, mine), key)
+        self._name = path.name
+        self._gathered, self._known = 0, set[str]()
+        unread = (
+            part
+            for part in sorted(path.parent.glob(f"{path.stem}-[0-9]*{path.suffix}"))
+            # One process reads it where all see it.
+            if (number := _number(path, part)) != mine and number % cluster.count() == mine
+        )
+        self._gather([one for part in unread for one in Journal(part, key).records])
+
+    def gather(self) -> None:
+        """Wait for all processes, then have the records of all, in the same order in each."""
+        self._gather([])
+
+    def _gather(self, found: list[dict[str, Any]]) -> None:
+        if cluster.count() == 1 and not found:
+            return
+        cluster.barrier(self._name)
+        own = self.records[self._gathered :]
+        told = cluster.exchange("".join(_line(one) for one in [*own, *found]).encode())
+        everything = [json.loads(line) for part in told for line in part.split(b"\n") if line]
+        new = {value_hash(one): one for one in everything}
+        new = {name: one for name, one in new.items() if name not in self._known}
+        together = [*self.records[: self._gathered], *new.values()]
+        if cluster.is_leader():
+            written = {value_hash(one) for one in own}
+            self.append(*(one for name, one in new.items() if name not in written))
+        self.records, self._gathered = together, len(together)
+        self._known |= new.keys()
+
+
+def _part(path: Path, number: int) -> Path:
+    """The file of one process of a journal's, not the leader's."""
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def _number(path: Path, part: Path) -> int:
+    return int(part.name[len(path.stem) + 1 : -len(path.suffix)])
 
 
 def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:

@@ -148,6 +148,12 @@ def test_sft_keeps_a_student_that_influence_takes(student, candidates, tmp_path)
     assert influence(str(out), candidates, tmp_path / "scores.jsonl") == 0
 
 
+def test_a_judge_is_not_paid_for_what_is_thrown_away(student, capsys):
+    chosen = ("--evaluations", "alpaca_eval", "mt_bench", "--quiet")
+    assert run(["evaluate", "--student", student, *chosen]) == 2
+    assert "alpaca_eval and mt_bench: a judge is paid for what --out" in capsys.readouterr().err
+
+
 def test_sft_and_evaluate_on_the_users_files(student, candidates, tmp_path):
     out = tmp_path / "trained"
     settings = ("--learning-rate", "1e-2", "--warmup-ratio", "0", "--epochs", "8", "--quiet")

@@ -1,7 +1,8 @@
 import pytest
 
+from montessori_jax.cli import run
 from montessori_jax.config import RunConfig
-from montessori_jax.config_file import build, override, read_yaml
+from montessori_jax.config_file import build, load_run_config, override, read_config, read_yaml
 from montessori_jax.errors import UserError
 
 
@@ -70,3 +71,49 @@ def test_yaml_errors_are_one_line(tmp_path):
     broken.write_text("- a\n- b\n")
     with pytest.raises(UserError, match="found list"):
         read_yaml(broken)
+
+
+def test_a_file_goes_on_top_of_its_base_section_by_section(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "first.yaml").write_text(
+        "seed: 1\nsft: {rows: 3, batch_size: 4}\ngeneration: {filters: {keywords: [a, b]}}\n"
+    )
+    (tmp_path / "deep/second.yaml").write_text(
+        "base: ../first.yaml\nsft: {rows: 5}\ngeneration: {filters: {keywords: [c]}}\n"
+    )
+    (tmp_path / "third.yaml").write_text("base: deep/second.yaml\nseed: 2\n")
+    assert read_config(tmp_path / "third.yaml") == {
+        "seed": 2,
+        "sft": {"rows": 5, "batch_size": 4},
+        "generation": {"filters": {"keywords": ["c"]}},
+    }
+    config = load_run_config(tmp_path / "third.yaml", ["sft.batch_size=2"])
+    assert (config.seed, config.sft.rows, config.sft.batch_size) == (2, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: own.yaml", "'base' comes back to this file"),
+        ("base: other.yaml", "'base' comes back to this file"),
+        ("base: absent.yaml", r"absent.yaml: cannot be read: .* \(the base of .*own.yaml\)"),
+        ("base: [a.yaml]", r"'base' is \['a.yaml'\], but: a file's name"),
+        ("base: wrong.yaml", "own.yaml: unknown key 'sft.rovs'"),
+    ],
+)
+def test_a_base_that_cannot_be_is_one_line(tmp_path, text, words):
+    (tmp_path / "own.yaml").write_text(text)
+    (tmp_path / "other.yaml").write_text("base: own.yaml")
+    (tmp_path / "wrong.yaml").write_text("sft: {rovs: 3}")
+    with pytest.raises(UserError, match=words) as caught:
+        load_run_config(tmp_path / "own.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_printed_config_has_no_base(tmp_path, capsys):
+    (tmp_path / "first.yaml").write_text("seed: 7\n")
+    (tmp_path / "second.yaml").write_text("base: first.yaml\n")
+    assert run(["run", str(tmp_path / "second.yaml"), "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert "seed: 7\n" in printed
+    assert "base:" not in printed

@@ -1,20 +1,20 @@
 """Every shipped config by shape: its models are read, and its header's figures are recomputed."""
 
-import json
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
-import jax
 import pytest
 
-from montessori_jax.config import RunConfig, TrainingConfig
+from montessori_jax.config import RunConfig, TrainingConfig, as_dict
 from montessori_jax.config_file import load_run_config
 from montessori_jax.models import Model
-from montessori_jax.models.families import family_of
+from montessori_jax.models.architecture import architecture, published_models
+from montessori_jax.plan.analytic import adapter_parameters
+from montessori_jax.plan.work import ASSUMED, work_of
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLISHED = Path(__file__).parent / "models" / "published"
 CONFIGS = {
     path.relative_to(ROOT / "configs").as_posix(): path
     for path in sorted((ROOT / "configs").rglob("*.yaml"))
@@ -32,25 +32,13 @@ COUNTS = {
 }
 # What docs/gpu.md says that the headers' durations assume.
 CARDS = {"80 GB": (0.3 * 989e12, 0.5 * 3.35e12), "24 GB": (0.3 * 165e12, 0.5 * 1.008e12)}
-PROMPT, INSTRUCTION, RESPONSE = 1000, 60, 300
 
 
 def model(name: str) -> Model:
     """The model of a published config.json, without any weights."""
-    file = PUBLISHED / f"{name.removeprefix('hf:').replace('/', '--')}.json"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a key that nobody knows would be warned of
-        return Model(family_of(json.loads(file.read_text()), name))
-
-
-def adapters(named: Model, rank: int) -> int:
-    """Parameters of adapters on all linear layers but the head: ``rank (in + out)`` each."""
-    leaves = jax.tree_util.tree_leaves_with_path(named.shapes()["layers"])
-    return sum(
-        leaf.shape[0] * rank * (leaf.shape[1] + leaf.shape[2])
-        for path, leaf in leaves
-        if path[-1].key == "kernel"
-    )
+        return Model(architecture(name))
 
 
 def memory(named: Model, settings: TrainingConfig) -> str:
@@ -60,40 +48,41 @@ def memory(named: Model, settings: TrainingConfig) -> str:
         return f"{count / 1e9:.2f} B parameters trained in full: {16 * count / 1e9:.1f} GB"
     assert settings.lora_base_dtype == "bfloat16"
     assert settings.lora_targets == ("all-linear",)
-    trained = adapters(named, settings.lora_rank)
+    trained = adapter_parameters(named, settings.lora_rank)
     return (
         f"{count / 1e9:.2f} B parameters frozen in bfloat16: {2 * count / 1e9:.1f} GB; "
         f"{trained / 1e6:.0f} M of adapters: {16 * trained / 1e9:.1f} GB"
     )
 
 
+def decode_steps(config: RunConfig, prompts: int) -> int:
+    """Steps of the sampler, each a token for all rows side by side, to answer ``prompts``."""
+    rows = prompts * config.generation.samples
+    slots = config.generation.prompts_per_batch * config.generation.samples
+    steps = math.ceil(rows / slots) * ASSUMED.instruction
+    return steps + math.ceil(rows / config.responses.prompts_per_batch) * ASSUMED.response
+
+
 def hours(config: RunConfig, teacher: int, student: int, card: str) -> float:
     """The estimate of docs/gpu.md: arithmetic at a share of the card's peak, no waiting."""
     flops, bandwidth = CARDS[card]
+    work = work_of(config)
 
     def write(prompts: int) -> float:
-        rows = prompts * config.generation.samples
-        slots = config.generation.prompts_per_batch * config.generation.samples
-        steps = math.ceil(rows / slots) * INSTRUCTION
-        steps += math.ceil(rows / config.responses.prompts_per_batch) * RESPONSE
-        return steps * 2 * teacher / bandwidth + prompts * PROMPT * 2 * teacher / flops
+        steps = decode_steps(config, prompts)
+        return steps * 2 * teacher / bandwidth + prompts * ASSUMED.prompt * 2 * teacher / flops
 
     def train(tokens: float, count: int, settings: TrainingConfig) -> float:
         return tokens * count * (6 if settings.lora_rank else 8) / flops
 
-    sample = INSTRUCTION + RESPONSE
-    probed = config.generation.prompts * (1 - config.warmup_fraction)
-    warm = config.generation.prompts * config.warmup_fraction * config.generation.samples
-    pairs = probed * config.generation.samples * (config.generation.samples - 1) / 4
-    students = 2 if config.compare_self_instruct else 1
     seconds = write(config.generation.prompts)
-    seconds += train(min(warm, config.warmup.rows) * sample, student, config.warmup)
-    seconds += train(probed * config.generation.samples * sample, student, config.warmup)
-    seconds += config.influence.audit * config.data.num_reference * sample * 2 * student / flops
-    seconds += train(pairs * 2 * (PROMPT + INSTRUCTION), teacher, config.dpo)
-    seconds += pairs * 2 * (PROMPT + INSTRUCTION) * 2 * teacher / flops  # the reference policy
-    seconds += students * write(config.synthesis_prompts)
-    seconds += students * train(config.sft.rows * sample, student, config.sft)
+    seconds += train(work.warmup_tokens, student, config.warmup)
+    seconds += train(work.candidate_tokens, student, config.warmup)
+    seconds += work.audited * work.reference_tokens * 2 * student / flops
+    seconds += train(work.pair_tokens, teacher, config.dpo)
+    seconds += work.pair_tokens * 2 * teacher / flops  # the reference policy
+    seconds += work.students * write(config.synthesis_prompts)
+    seconds += work.students * train(work.sft_tokens, student, config.sft)
     return seconds / 3600
 
 
@@ -123,5 +112,77 @@ def test_every_student_of_the_paper_has_its_config():
 
 
 def test_published_files_are_all_used():
-    named = {f"{name.removeprefix('hf:').replace('/', '--')}.json" for name in COUNTS}
-    assert {file.name for file in PUBLISHED.iterdir()} == named
+    assert set(published_models()) == COUNTS.keys()
+
+
+MAIN = {
+    "no_finetuning": ("no_finetuning", 1),
+    "self_instruct": ("self_instruct", 1),
+    "self_instruct_gpt4o": ("self_instruct", 1),
+    "self_reward_1": ("self_reward", 1),
+    "self_reward_2": ("self_reward", 2),
+    "self_reward_gpt4o_1": ("self_reward", 1),
+    "self_reward_gpt4o_2": ("self_reward", 2),
+    "llm2llm_1": ("llm2llm", 1),
+    "llm2llm_2": ("llm2llm", 2),
+    "montessori_1": ("montessori", 1),
+    "montessori_2": ("montessori", 2),
+}
+ABLATIONS = {
+    "signal_judge": {"signal": "judge"},
+    "signal_training_loss": {"signal": "training_loss"},
+    "signal_random": {"signal": "random"},
+    "signal_influence_extremes": {},
+    "optimise_response": {"optimise": "response"},
+    "optimise_both": {"optimise": "both"},
+    "optimise_bootstrap": {"optimise": "bootstrap"},
+    "seeds_out_of_domain": {},
+    "seeds_test": {},
+}
+# What may differ from row to row of one table.
+OWN = {"run_dir", "method", "iterations", "teacher", "generator", "signal", "optimise", "url",
+       "judge", "judging", "preferences", "llm2llm", "bootstrap", "compare_self_instruct",
+       "synthesis_prompts", "data"}  # fmt: skip
+
+
+def rows_of(folder: str) -> dict[str, RunConfig]:
+    """The configs of a table's rows, by name; each header has the command that runs it."""
+    found = {}
+    for path in sorted((ROOT / "configs/paper" / folder).glob("*.yaml")):
+        header = path.read_text().split("\n\n")[0]
+        assert f"montessori run {path.relative_to(ROOT).as_posix()}" in header
+        assert all(word in header for word in ("Hardware", "Duration", "Expect"))
+        found[path.stem] = load_run_config(path)
+    return found
+
+
+@pytest.mark.parametrize("student", ["llama3_8b", "tinyllama_1b"])
+def test_every_row_of_the_main_table_has_its_config(student: str):
+    rows, base = rows_of(f"main/{student}"), load_run_config(CONFIGS[f"paper/{student}.yaml"])
+    assert {name: (row.method, row.iterations) for name, row in rows.items()} == MAIN
+    same = as_dict(base).keys() - OWN
+    for name, row in rows.items():
+        assert {key: as_dict(row)[key] for key in same} == {key: as_dict(base)[key] for key in same}
+        assert row.data == base.data
+        assert row.run_dir.endswith(name.removesuffix("_1").removesuffix("_2"))
+        starred = "gpt4o" in name
+        assert starred == ("gpt-4o" in (row.url.prices | row.judge.prices))
+        assert starred == (row.generator == "url" or bool(row.judge.base_url))
+    # A second iteration goes on in the directory of the first.
+    for name in ("self_reward", "self_reward_gpt4o", "llm2llm", "montessori"):
+        assert replace(rows[f"{name}_2"], iterations=1) == rows[f"{name}_1"]
+
+
+def test_every_row_of_the_ablations_has_its_config():
+    rows = rows_of("ablations")
+    plain = rows_of("main/llama3_8b")["montessori_1"]
+    assert rows.keys() == ABLATIONS.keys()
+    for name, row in rows.items():
+        expected = {"signal": "influence", "optimise": "instruction", **ABLATIONS[name]}
+        assert {"signal": row.signal, "optimise": row.optimise} == expected
+        assert (row.data == plain.data) != name.startswith("seeds_")
+        assert row.run_dir.endswith(f"ablations/{name}")
+        same = as_dict(plain).keys() - OWN
+        assert all(as_dict(row)[key] == as_dict(plain)[key] for key in same)
+    tuned = rows["optimise_bootstrap"]
+    assert tuned.bootstrap.lora_rank == tuned.dpo.lora_rank

@@ -21,7 +21,7 @@ from pathlib import Path
 from montessori_jax.config import RunConfig
 from montessori_jax.data.writing import DatasetCard, write_dataset_card
 from montessori_jax.hub import check_hub
-from montessori_jax.pipeline import Loop
+from montessori_jax.loop import Loop
 from montessori_jax.runs import RunDirectory
 from montessori_jax.stopping import Stop
 

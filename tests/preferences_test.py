@@ -2,7 +2,7 @@ import pytest
 
 from montessori_jax.config import PreferencesConfig
 from montessori_jax.errors import UserError
-from montessori_jax.preferences import Scored, build_pairs, hold_out
+from montessori_jax.preferences import Scored, build_pairs, helpful, hold_out
 
 
 def scored(prompt, *influences, offset=None):
@@ -83,3 +83,20 @@ def test_hold_out_leaves_something_to_train_on():
     pairs, _ = build_pairs(scored("a", 0.2, -0.1), PreferencesConfig(rule="sign"))
     assert hold_out(pairs, 0.5, seed=0) == (pairs, [])
     assert hold_out([], 0.5, seed=0) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("sign", ["a-0", "a-2", "b-0", "b-1"]),
+        ("relative", ["a-0", "b-0", "b-1"]),
+        ("extremes", ["a-0", "b-1"]),
+    ],
+)
+def test_helpful_candidates_by_each_rule(rule, expected):
+    members = [
+        *scored("a", 0.3, -0.1, 0.05, offset=0.1),
+        *scored("b", 0.2, 0.4, None, offset=0.1),
+        *scored("c", -0.1, -0.1, offset=0.1),
+    ]
+    assert [one.id for one in helpful(members, PreferencesConfig(rule=rule))] == expected

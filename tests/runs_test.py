@@ -57,6 +57,26 @@ def test_more_iterations_and_other_intervals_are_the_same_run(tmp_path):
     RunDirectory.create(config(tmp_path, iterations=3, sft={"checkpoint_every": 7}), INPUTS)
 
 
+def test_another_judge_is_refused_once_students_were_judged(tmp_path):
+    judge = {"base_url": "http://127.0.0.1:1/v1", "model": "a"}
+    directory = RunDirectory.create(config(tmp_path, judge=judge), INPUTS)
+    directory.stage("iteration-1/evaluate-tuned").finish({})
+    # How it is asked may change, who it is may not.
+    RunDirectory.create(config(tmp_path, judge={**judge, "retries": 1}), INPUTS)
+    with pytest.raises(UserError, match=r"judge\.model: a -> b"):
+        RunDirectory.create(config(tmp_path, judge={**judge, "model": "b"}), INPUTS)
+
+
+def test_an_evaluation_may_do_less_at_one_time(tmp_path):
+    """The advice for too little memory, which loses nothing that was made."""
+    directory = RunDirectory.create(config(tmp_path), INPUTS)
+    directory.stage("iteration-1/evaluate-untrained").finish({})
+    begun = directory.stage("iteration-1/evaluate-tuned").path / "answers.jsonl"
+    begun.write_text("{}")
+    RunDirectory.create(config(tmp_path, evaluation={"rows_per_pass": 1}), INPUTS)
+    assert begun.exists()
+
+
 def test_two_processes_cannot_hold_one_directory(tmp_path):
     directory = RunDirectory.create(config(tmp_path), INPUTS)
     with directory.locked(), pytest.raises(UserError, match="in use"), directory.locked():

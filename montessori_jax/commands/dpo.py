@@ -6,9 +6,11 @@ from typing import Any
 
 from montessori_jax.commands.arguments import (
     MODEL,
+    add_profile,
     add_stage_command,
     report_cost,
     run_config,
+    stage_mesh,
     stage_section,
     stage_work,
 )
@@ -36,6 +38,7 @@ def add_dpo(commands: Any) -> None:
     )
     parser.add_argument("--heldout", help="pairs to measure on, not to train on")
     parser.add_argument("--out", required=True, help="folder for teacher/ and metrics.jsonl")
+    add_profile(parser)
     add_settings(parser, DpoConfig, "training")
 
 
@@ -47,7 +50,9 @@ def _dpo(parsed: argparse.Namespace, stop: Stop) -> None:
     settings = settings_from(parsed, DpoConfig, stage_section(parsed, "dpo"))
     work = stage_work(parsed, stop, Path(parsed.out), "dpo")
     result = dpo(
-        load_model(parsed.teacher or base.teacher, dtype=settings.held_dtype),
+        load_model(
+            parsed.teacher or base.teacher, dtype=settings.held_dtype, mesh=stage_mesh(parsed)
+        ),
         parsed.pairs,
         settings,
         work,

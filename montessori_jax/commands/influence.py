@@ -7,11 +7,13 @@ from typing import Any
 from montessori_jax.commands.arguments import (
     MODEL,
     ROWS,
+    add_profile,
     add_stage_command,
     report_cost,
     row_count,
     rows_wanted,
     run_config,
+    stage_mesh,
     stage_section,
     stage_work,
 )
@@ -46,7 +48,11 @@ def add_influence(commands: Any) -> None:
         type=row_count,
         help="reference rows used, the first ones; default the YAML's, or all",
     )
+    parser.add_argument(
+        "--num-candidates", type=row_count, help="candidates scored, the first ones; default: all"
+    )
     parser.add_argument("--warmup", metavar="FILE", help=f"warm the student up on these: {ROWS}")
+    add_profile(parser)
     add_settings(parser, InfluenceConfig, "influence")
     add_settings(parser, WarmupConfig, "warm-up", prefix="warmup-")
 
@@ -75,7 +81,7 @@ def _influence(parsed: argparse.Namespace, stop: Stop) -> None:
             parsed, WarmupConfig, stage_section(parsed, "warmup"), prefix="warmup-"
         )
         work = stage_work(parsed, stop, scratch / "warmup", "warm-up")
-        loaded = load_model(student, dtype=warmup.held_dtype)
+        loaded = load_model(student, dtype=warmup.held_dtype, mesh=stage_mesh(parsed))
         rows = [row.conversation() for row in read_rows(parsed.warmup).require()]
         key = value_hash([loaded.fingerprint, rows, as_dict(warmup), work.seed])
         marker = StageFolder(work.folder)
@@ -92,7 +98,9 @@ def _influence(parsed: argparse.Namespace, stop: Stop) -> None:
         settings,
         work,
         num_reference=rows_wanted(parsed, parsed.num_reference, "num_reference"),
+        num_candidates=parsed.num_candidates,
         out=out,
+        mesh=stage_mesh(parsed, "influence"),
     )
     remove_tree(scratch)
     cut = f", {result['cut']} cut at {settings.max_length} tokens" if result["cut"] else ""

@@ -1,9 +1,10 @@
 """`montessori run`."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from montessori_jax.commands.arguments import add_command
+from montessori_jax.commands.arguments import add_command, add_profile
 from montessori_jax.config import as_dict
 from montessori_jax.config_file import load_run_config
 from montessori_jax.stopping import Stop
@@ -23,6 +24,7 @@ def add_run(commands: Any) -> None:
         "overrides", nargs="*", metavar="section.key=value", help="override a setting"
     )
     parser.add_argument("--run-dir", help="the same as run_dir=... ")
+    add_profile(parser)
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved settings and stop"
     )
@@ -40,4 +42,10 @@ def _run(parsed: argparse.Namespace, stop: Stop) -> None:
         return
     from montessori_jax.pipeline import run
 
-    run(config, say=lambda text: print(text, flush=True), stop=stop, quiet=parsed.quiet)
+    run(
+        config,
+        say=lambda text: print(text, flush=True),
+        stop=stop,
+        quiet=parsed.quiet,
+        profile=Path(parsed.profile) if parsed.profile else None,
+    )

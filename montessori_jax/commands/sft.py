@@ -7,9 +7,11 @@ from typing import Any
 from montessori_jax.commands.arguments import (
     MODEL,
     ROWS,
+    add_profile,
     add_stage_command,
     report_cost,
     run_config,
+    stage_mesh,
     stage_section,
     stage_work,
 )
@@ -40,6 +42,7 @@ def add_sft(commands: Any) -> None:
         action="store_true",
         help="write a checkpoint with the optimizer's state, for `influence --student`",
     )
+    add_profile(parser)
     add_settings(parser, SftConfig, "training")
 
 
@@ -50,12 +53,15 @@ def _sft(parsed: argparse.Namespace, stop: Stop) -> None:
     base = run_config(parsed)
     work = stage_work(parsed, stop, Path(parsed.out), "sft")
     name = parsed.student or base.student
+    mesh = stage_mesh(parsed)
     if parsed.keep_optimizer:
         warmup = settings_from(parsed, WarmupConfig, stage_section(parsed, "warmup"))
-        result = warm_up(load_model(name, dtype=warmup.held_dtype), parsed.data, warmup, work)
+        loaded = load_model(name, dtype=warmup.held_dtype, mesh=mesh)
+        result = warm_up(loaded, parsed.data, warmup, work)
     else:
         settings = settings_from(parsed, SftConfig, stage_section(parsed, "sft"))
-        result = finetune(load_model(name, dtype=settings.held_dtype), parsed.data, settings, work)
+        loaded = load_model(name, dtype=settings.held_dtype, mesh=mesh)
+        result = finetune(loaded, parsed.data, settings, work)
     print(
         f"{parsed.out}: {result['rows']} rows, {result['steps']} steps, loss "
         f"{result['first_loss']:.4f} -> {result['last_loss']:.4f}; skipped: {result['skipped']}  "

@@ -55,15 +55,9 @@ class InfluenceConfig:
     block: int = setting(
         0, "candidates probed side by side on a device; 0 chooses from memory", ge=0
     )
-    devices: int = setting(
-        0, "devices that candidates are split over; 0: all accelerators here, or one CPU", ge=0
-    )
-    student_shards: int = setting(
-        1, "devices that share one copy of the student's weights, of those above", ge=1
-    )
     max_length: int = setting(1024, "longest sample in tokens; the response is cut there", ge=8)
     row_length: int = setting(0, "tokens a packed reference row; 0 chooses", ge=0)
-    rows_per_pass: int = setting(4, "reference rows on the device at one time", ge=1)
+    rows_per_pass: int = setting(4, "reference rows on a device at one time", ge=1)
     precision: Literal["float32", "bf16_split", "bfloat16"] = setting(
         "float32", "products in float32, as float32 made of bf16 ones (accelerators), or in bf16"
     )

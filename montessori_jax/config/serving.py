@@ -1,7 +1,8 @@
 """The servers that write: vLLM, and models behind an address."""
 
-from typing import Literal
+from typing import Literal, Self
 
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from montessori_jax.config.fields import STRICT, setting
@@ -72,6 +73,27 @@ class UrlConfig:
     tokens_field: Literal["max_tokens", "max_completion_tokens"] = setting(
         "max_tokens", "what the length limit is called there"
     )
+    seeds: bool = setting(
+        True, "send seeds, so that texts may repeat; a vLLM server on a CPU dies of them"
+    )
     prices: dict[str, Price] = setting(
         {}, "model -> {prompt, generated}: dollars for a million tokens"
+    )
+
+    @model_validator(mode="after")
+    def _address_has_no_secret(self) -> Self:
+        if "@" in self.base_url or "?" in self.base_url:
+            raise ValueError(
+                "base_url is written into the run's files: leave out user, password and query, "
+                "and give a key by api_key_env"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class JudgeConfig(UrlConfig):
+    """Who judges what others wrote."""
+
+    base_url: str = setting(
+        "", "address of the judge, with its /v1; empty: the teacher judges, where a method can"
     )

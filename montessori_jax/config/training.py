@@ -25,6 +25,9 @@ class OptimizerConfig:
     beta2: float = setting(0.999, "AdamW: decay of the second moment", ge=0, lt=1)
     epsilon: float = setting(1e-8, "AdamW: added to the root of the second moment", gt=0)
     weight_decay: float = setting(0.0, "AdamW: decoupled weight decay", ge=0)
+    moments_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "AdamW: how moments are kept between steps; bfloat16 saves 4 bytes a parameter"
+    )
     max_grad_norm: float = setting(1.0, "clip gradients to this global norm; 0 does not", ge=0)
 
     @model_validator(mode="after")
@@ -40,14 +43,17 @@ class TrainingConfig(OptimizerConfig):
 
     epochs: int = setting(1, "passes over the data", ge=1)
     batch_size: int = setting(32, "samples (pairs, for DPO) an optimizer step", ge=1)
-    micro_batch: int = setting(2, "rows on the device at one time", ge=1)
+    micro_batch: int = setting(2, "rows on a device at one time", ge=1)
     max_length: int = setting(1024, "longest sample in tokens; the response is cut there", ge=8)
     dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "compute dtype; parameters and moments stay float32"
+        "float32", "compute dtype; parameters stay float32"
     )
     remat: Literal["none", "full", "dots"] = setting("full", "what the backward pass recomputes")
     attention: Attention = setting("auto", ATTENTION_HELP)
     checkpoint_every: int = setting(100, "optimizer steps between checkpoints", ge=1)
+    checkpoints_kept: int = setting(
+        2, "checkpoints of a training run kept on disk; two survive damage to the newest", ge=1
+    )
     log_every: int = setting(1, "optimizer steps between lines of metrics", ge=1)
     lora_rank: int = setting(
         0, "train low-rank adapters of this rank on a frozen model; 0 trains every weight", ge=0
@@ -89,13 +95,16 @@ class DpoConfig(TrainingConfig):
     learning_rate: float = setting(1e-6, "peak learning rate", gt=0)
     final_learning_rate: float = setting(1e-9, "learning rate at the end of the decay", ge=0)
     batch_size: int = setting(2, "pairs an optimizer step", ge=1)
-    micro_batch: int = setting(2, "pairs on the device at one time", ge=1)
+    micro_batch: int = setting(2, "pairs on a device at one time", ge=1)
     beta: float = setting(0.1, "strength of the tie to the reference policy", gt=0)
     loss: Literal["sigmoid", "ipo"] = setting("sigmoid", "DPO's loss, or IPO's (arXiv 2310.12036)")
     label_smoothing: float = setting(
         0.0, "sigmoid: assumed share of pairs the wrong way round", ge=0, lt=0.5
     )
     length_normalized: bool = setting(False, "log-probs a token instead of a sequence")
+    keep_every: int = setting(
+        0, "steps between teachers kept as folders, teachers/step-N/teacher; 0: only the last", ge=0
+    )
 
     @model_validator(mode="after")
     def _loss_reads_its_settings(self) -> Self:

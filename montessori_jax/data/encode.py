@@ -2,14 +2,20 @@
 
 import hashlib
 import json
+import pickle
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from montessori_jax import cluster
 from montessori_jax.data.chat import ChatError, ChatFormat, EncodedChat, fit
 from montessori_jax.data.encoded_file import EncodedFile
 from montessori_jax.data.rows import Row, RowFile, read_rows
 from montessori_jax.errors import UserError
+
+# Rows that processes share out at a time; those beyond a limit are not encoded for nothing.
+TOGETHER = 256
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ def encode_rows(
     """Encode a file's rows, the first ``limit`` that can be.
 
     A response is cut at ``max_length`` tokens (counted in ``cut``); a row whose prompt alone is
-    that long, or that was malformed already, is skipped with its reason.
+    that long, or that was malformed already, is skipped with its reason. The processes of a job
+    call this together: each encodes rows of its own, and all get all.
 
     Raises:
         UserError: no row is left.
@@ -44,13 +51,11 @@ def encode_rows(
     rows: list[Row] = []
     chats: list[EncodedChat] = []
     cut = 0
-    for row in source.rows:
+    for row, encoded in zip(source.rows, encoded_together(source.rows, chat), strict=True):
         if limit is not None and len(chats) == limit:
             break
-        try:
-            encoded = chat.encode(row.conversation())
-        except ChatError as error:
-            skipped[row.index] = str(error)
+        if isinstance(encoded, str):
+            skipped[row.index] = encoded
             continue
         fitted = fit(encoded, max_length)
         if fitted is None:
@@ -63,6 +68,27 @@ def encode_rows(
         causes = ", ".join(f"{reason} ({n})" for reason, n in Counter(skipped.values()).items())
         raise UserError(f"{source.source}: no usable row: {causes or 'it is empty'}")
     return EncodedRows(rows, chats, skipped, cut)
+
+
+def encoded_together(rows: Sequence[Row], chat: ChatFormat) -> Iterator[EncodedChat | str]:
+    """Every row's chat, or why it has none, in order; a process of a job encodes its share."""
+    if cluster.count() == 1:
+        yield from (_encoded(row, chat) for row in rows)
+        return
+    for start in range(0, len(rows), TOGETHER):
+        window = rows[start : start + TOGETHER]
+        mine = [_encoded(row, chat) for row in window[cluster.index() :: cluster.count()]]
+        # From this very program in the job's other processes.
+        shares = [pickle.loads(share) for share in cluster.exchange(pickle.dumps(mine))]
+        for place in range(len(window)):
+            yield shares[place % cluster.count()][place // cluster.count()]
+
+
+def _encoded(row: Row, chat: ChatFormat) -> EncodedChat | str:
+    try:
+        return chat.encode(row.conversation())
+    except ChatError as error:
+        return str(error)
 
 
 @dataclass(frozen=True)
@@ -80,13 +106,16 @@ class RowsOnDisk:
     content: str
 
 
-def encode_to_disk(source: str | Path, chat: ChatFormat, folder: Path) -> RowsOnDisk:
+def encode_to_disk(
+    source: str | Path, chat: ChatFormat, folder: Path, *, limit: int | None = None
+) -> RowsOnDisk:
     """As `encode_each`, row by row from file to file: memory holds names and reasons alone.
 
     Args:
         source: as `read_rows` takes it.
         chat: the model's format.
         folder: where encoded chats are kept while they are used.
+        limit: read only the first rows, good and malformed together; all by default.
 
     Raises:
         UserError: the source cannot be read, or ``folder`` not written to.
@@ -104,7 +133,7 @@ def encode_to_disk(source: str | Path, chat: ChatFormat, folder: Path) -> RowsOn
             return
         texts.update(json.dumps([row.index, conversation], ensure_ascii=False).encode())
 
-    read = read_rows(source, on_row=encode)
+    read = read_rows(source, limit=limit, on_row=encode)
     rows = [row for row in read.rows if row.index not in failed]
     texts.update(json.dumps([row.id for row in rows], ensure_ascii=False).encode())
     reasons = {bad.index: bad.reason for bad in read.bad} | failed

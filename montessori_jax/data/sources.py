@@ -6,12 +6,14 @@ record holds; :mod:`montessori_jax.data.rows` does.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from montessori_jax.data.trees import COLUMNS as TREE_COLUMNS
+from montessori_jax.data.trees import NEEDED, OPTIONAL, first_turns, is_tree
 from montessori_jax.errors import UserError
 
 Record = dict[str, Any] | str
@@ -46,7 +48,8 @@ def open_records(source: str | Path) -> Records:
       source: a ``.jsonl``, ``.json`` or ``.parquet`` file, a folder that holds a
         ``data.parquet`` (what :func:`montessori_jax.data.writing.write_dataset_card` writes),
         ``package:seeds``, ``package:reference``, ``package:heldout``, or ``hf:org/name[:split]``
-        (split ``train`` if none is given).
+        (split ``train`` if none is given). A Parquet file and a data set of the Hub may hold
+        conversation trees (:mod:`montessori_jax.data.trees`).
 
     Raises:
       UserError: the source does not exist, cannot be read or is of an unknown kind.
@@ -141,7 +144,7 @@ def _parquet(name: str, path: Path) -> Records:
             f"{name} is not a Parquet file that can be read: {in_one_line(error)}"
         ) from error
     columns = tuple(file.schema_arrow.names)
-    wanted = [column for column in columns if column in COLUMNS]
+    wanted = _wanted(columns)
     if len(set(wanted)) < len(wanted):
         raise UserError(
             f"{name} has two columns of the same name among {', '.join(wanted)}; rename one of them"
@@ -160,7 +163,21 @@ def _parquet(name: str, path: Path) -> Records:
                 f"{name} is damaged after row {number}: {in_one_line(error)}"
             ) from error
 
-    return Records(name, columns, items())
+    return _rows(name, columns, items())
+
+
+def _wanted(columns: Sequence[str]) -> list[str]:
+    """The columns that are read."""
+    known = NEEDED | OPTIONAL if is_tree(columns) else COLUMNS
+    return [column for column in columns if column in known]
+
+
+def _rows(name: str, columns: tuple[str, ...], items: Iterator[tuple[int, Record]]) -> Records:
+    """The records as they are, or what conversation trees make of them."""
+    if not is_tree(columns):
+        return Records(name, columns, items)
+    turns = first_turns(record for _, record in items)
+    return Records(name, TREE_COLUMNS, enumerate(turns, start=1))
 
 
 def _batch_records(batch: Any) -> list[Record]:
@@ -205,5 +222,5 @@ def _hub(name: str, rest: str) -> Records:
             "it elsewhere and pass a .jsonl or .parquet file"
         ) from error
     columns = tuple(table.column_names)
-    table = table.select_columns([column for column in columns if column in COLUMNS])
-    return Records(name, columns, ((i, dict(record)) for i, record in enumerate(table, 1)))
+    table = table.select_columns(_wanted(columns))
+    return _rows(name, columns, ((i, dict(record)) for i, record in enumerate(table, 1)))

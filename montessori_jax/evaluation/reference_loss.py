@@ -11,8 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from montessori_jax.config import EvaluationConfig
-from montessori_jax.data.chat import EncodedChat
+from montessori_jax.data.chat import ChatFormat, EncodedChat
+from montessori_jax.data.encode import encode_rows
 from montessori_jax.data.packing import Batch, assign_rows, bucket, pack
+from montessori_jax.data.rows import read_rows
+from montessori_jax.device_memory import fits_in_memory
+from montessori_jax.evaluation.context import Context, Result
+from montessori_jax.mesh import fetch, mesh_of, place_rows, row_ways, use_mesh
 from montessori_jax.models import Model, Params
 from montessori_jax.training.losses import sum_by_sample, token_losses
 
@@ -39,8 +44,8 @@ class ReferenceLoss:
         return row
 
 
-@partial(jax.jit, static_argnames=("model", "samples", "dtype", "attention"))
-def _sums(
+@partial(jax.jit, static_argnames=("samples", "dtype", "attention"))
+def loss_sums(
     model: Model, params: Params, batch: Batch, samples: int, dtype: str, attention: str
 ) -> Any:
     losses = token_losses(model, params, batch, dtype=jnp.dtype(dtype), attention=attention)
@@ -67,7 +72,9 @@ def reference_loss(
     lengths = [len(chat.tokens) for chat in chats]
     row_length = bucket(max(lengths))
     layout = assign_rows(lengths, row_length)
-    step = min(settings.rows_per_pass, len(layout))
+    mesh = mesh_of(params)
+    ways = row_ways(mesh)
+    step = min(settings.rows_per_pass, -(-len(layout) // ways)) * ways
     slots = bucket(
         max(sum(len(chats[i].tokens) - chats[i].prompt_length for i in row) for row in layout)
     )
@@ -76,7 +83,9 @@ def reference_loss(
         part = layout[start : start + step]
         batch = pack(chats, part, row_length=row_length, slots=slots, rows=step)
         options = {"dtype": settings.dtype, "attention": settings.attention}
-        sums = jax.device_get(_sums(model, params, batch, len(chats), **options))
+        batch = place_rows(batch, mesh, axis=0)
+        with use_mesh(mesh):
+            sums = fetch(loss_sums(model, params, batch, len(chats), **options))
         total += np.asarray(sums.total, np.float64)
         count += np.asarray(sums.targets, np.float64)
         progress(sum(len(row) for row in part))
@@ -90,3 +99,37 @@ def reference_loss(
         tokens=int(count.sum()),
         by_sample=tuple(float(value) for value in means),
     )
+
+
+def heldout_loss(context: Context) -> Result:
+    """The evaluation ``reference_loss``: of the context's held-out rows; counts its cost.
+
+    ``skipped`` of the result are the rows that were not used, by cause.
+    """
+    student, settings, work = context.student, context.settings, context.work
+    encoded = encode_rows(
+        read_rows(context.heldout),
+        ChatFormat.of(student),
+        settings.max_length,
+        limit=context.num_heldout,
+    )
+    advice = f"lower rows_per_pass (now {settings.rows_per_pass})"
+    with (
+        fits_in_memory("reference_loss", advice),
+        work.bar(len(encoded.chats), "row", "reference_loss") as bar,
+        work.profile(1, 3) as profile,
+    ):
+        profile.begin(len(encoded.chats))
+
+        def passed(count: int) -> None:
+            bar.update(count)
+            profile.passed()
+
+        found = reference_loss(
+            student.model, student.params, encoded.chats, settings, progress=passed
+        )
+    work.meter.count(
+        scored_tokens=encoded.tokens,
+        flops=2.0 * student.model.parameter_count() * encoded.tokens,
+    )
+    return {**found.as_row(), "skipped": encoded.causes()}

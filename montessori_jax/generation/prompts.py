@@ -11,7 +11,7 @@ one new instruction, six of them seeds and two written earlier by the teacher. T
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,6 +35,18 @@ _REASON = (
 )
 _FIRST_TURN = f"{_TASK} Write it between {OPENING_TAG} and {CLOSING_TAG}."
 _NEXT_TURN = "Write another one, on a different subject."
+_SAME_SKILL = (
+    "Write one new instruction for an AI assistant that takes the same skill as the one below, and "
+    "is about as hard, with other content: not a rewording of it. Include whatever passage, data "
+    "or code is needed to answer."
+)
+_NEXT_OF_A_SKILL = (
+    "Write another one that takes the same skill and is about as hard, with other content."
+)
+_SKILL_HEADING = (
+    "Instructions that people gave to an AI assistant. All take the same skill, and no two have "
+    "the same content."
+)
 _LIST_HEADING = (
     "Instructions that people gave to an AI assistant. No two are about the same subject, and "
     "each can be answered from its text alone."
@@ -100,6 +112,23 @@ def build_instruction_prompt(style: str, exemplars: Sequence[str]) -> Prompt:
         text = "\n".join([_LIST_HEADING, *tagged, ""])
         return Prompt(None, text, OPENING_TAG, stop, f"{_PIECE}+{CLOSING_TAG}")
     raise UserError(f"unknown prompt style {style!r}; choose one of {', '.join(STYLES)}")
+
+
+def build_expansion_prompt(style: str, example: str) -> Prompt:
+    """The request for one new instruction that takes the skill of ``example``.
+
+    Arguments and errors are as of `build_instruction_prompt`; the answer is read alike.
+    """
+    plain = build_instruction_prompt(style, [example])
+    tagged = f"{OPENING_TAG}{example}{CLOSING_TAG}"
+    if style == "chat":
+        content = "\n\n".join([_SAME_SKILL, _REASON, f"The instruction:\n{tagged}"])
+        return replace(plain, messages=[{"role": "user", "content": content}])
+    if style == "turns":
+        assert plain.messages is not None
+        following = {"role": "user", "content": _NEXT_OF_A_SKILL}
+        return replace(plain, messages=[*plain.messages[:-1], following])
+    return replace(plain, text="\n".join([_SKILL_HEADING, tagged, ""]))
 
 
 def build_response_prompt(instruction: str, input: str = "") -> Prompt:

@@ -21,6 +21,7 @@ from montessori_jax.errors import UserError
 from montessori_jax.generation.endings import Ending, Turns, find_ending
 from montessori_jax.generation.generator import Completion, PromptRequest
 from montessori_jax.generation.slots import Written, enter, vacant, write
+from montessori_jax.mesh import mesh_of, row_ways, use_mesh
 from montessori_jax.models import Model, Params
 from montessori_jax.models.inference import unstack
 
@@ -31,7 +32,7 @@ CHUNK = 16
 
 @dataclass(frozen=True)
 class JaxSampler:
-    """A `Generator` on this process's default device.
+    """A `Generator` on the devices that its parameters lie on.
 
     What a completion's text depends on is in `Generator.generate`. Whole numbers and keys come
     from the request alone. Prompts are padded to a few lengths that the list of requests decides,
@@ -116,14 +117,18 @@ class JaxSampler:
         seed: int,
     ) -> Generator[list[Completion], None, None]:
         """The completions of each prompt as soon as they are done."""
-        slots, dtype = settings.prompts_per_batch, compute_dtype(settings.dtype)
-        model, weights, drawing = self.model, self._laid_out(dtype), _drawing(settings)
-        static: dict[str, Any] = {"settings": drawing, "stop_ids": self.chat.stop_ids}
+        mesh = mesh_of(self.params)
+        # A slot for each part of the mesh, however few prompts were asked for side by side.
+        slots = -(-settings.prompts_per_batch // row_ways(mesh)) * row_ways(mesh)
+        dtype = compute_dtype(settings.dtype)
+        model, weights, shared = self.model, self._laid_out(dtype), drawing(settings)
+        static: dict[str, Any] = {"settings": shared, "stop_ids": self.chat.stop_ids}
         about = (slots, samples, longest, dtype, *static.values())
         self.programs.add(("vacant", *about))
-        asked, written, own = vacant(
-            model, settings=drawing, slots=slots, samples=samples, length=longest, dtype=dtype
-        )
+        with use_mesh(mesh):
+            asked, written, own = vacant(
+                model, settings=shared, slots=slots, samples=samples, length=longest, dtype=dtype
+            )
         waiting = deque(queue)
         held: dict[int, _Held] = {}
         while waiting or held:
@@ -136,31 +141,33 @@ class JaxSampler:
                 tokens[0, : len(request.tokens)] = request.tokens
                 numbers = np.int32(len(request.tokens)), np.uint32(request.row), np.uint32(seed)
                 self.programs.add(("enter", length, *about))
-                asked, written = enter(
-                    model,
-                    weights,
-                    asked,
-                    written,
-                    *jax.device_put((np.int32(slot), tokens, *numbers)),
-                    samples=samples,
-                    **static,
-                )
+                with use_mesh(mesh):
+                    asked, written = enter(
+                        model,
+                        weights,
+                        asked,
+                        written,
+                        *jax.device_put((np.int32(slot), tokens, *numbers)),
+                        samples=samples,
+                        **static,
+                    )
             if not entering:
                 finished = np.ones(slots * samples, bool)
                 for slot, one in held.items():
                     for sample in range(samples):
                         finished[slot * samples + sample] = sample in one.endings
                 self.programs.add(("write", *about))
-                written, own = write(
-                    model,
-                    weights,
-                    asked,
-                    written,
-                    own,
-                    *jax.device_put((finished, np.bool_(self.refill and bool(waiting)))),
-                    chunk=CHUNK,
-                    **static,
-                )
+                with use_mesh(mesh):
+                    written, own = write(
+                        model,
+                        weights,
+                        asked,
+                        written,
+                        own,
+                        *jax.device_put((finished, np.bool_(self.refill and bool(waiting)))),
+                        chunk=CHUNK,
+                        **static,
+                    )
             self._look(written, held, samples, settings, stop)
             for slot in [slot for slot, one in held.items() if len(one.endings) == samples]:
                 yield held.pop(slot).completions()
@@ -232,7 +239,7 @@ class _Held:
         ]
 
 
-def _drawing(settings: SamplingConfig) -> SamplingConfig:
+def drawing(settings: SamplingConfig) -> SamplingConfig:
     """The settings that programs depend on: stages with other settings beside share them."""
     shared = {one.name: getattr(settings, one.name) for one in fields(SamplingConfig)}
     return SamplingConfig(**{**shared, "prompts_per_batch": 1})

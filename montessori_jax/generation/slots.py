@@ -5,7 +5,7 @@ while the others are in mid-text. Rows are ordered by slot, then sample.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,13 @@ from montessori_jax.generation.sampling import (
     sample_keys,
     start_counts,
 )
+from montessori_jax.mesh import split_rows
 from montessori_jax.models import Model, Params
 from montessori_jax.models.attention import OWN_BLOCK
 from montessori_jax.models.decoder import KeyValue
 from montessori_jax.models.inference import Cache, decode, empty_cache, logits, prefill
+
+T = TypeVar("T")
 
 
 class Asked(NamedTuple):
@@ -70,7 +73,24 @@ def vacant(
         counts=empty_counts(settings, rows, config.vocab_size),
     )
     own = empty_cache(model, slots, samples, places(settings.max_tokens), jnp.dtype(dtype))
-    return Asked(prompt, jnp.ones(slots, jnp.int32), keys), written, own
+    asked = Asked(prompt, jnp.ones(slots, jnp.int32), keys)
+    return split_asked(asked), split(written, slots), split(own, slots, heads=2)
+
+
+def split(tree: T, slots: int, heads: int | None = None) -> T:
+    """Slots, and so their rows, over the devices that split rows, and the axis ``heads`` of caches
+    over those that split heads; nothing without a mesh.
+
+    All programs leave their arrays so, and each finds them as it was compiled for.
+    """
+    return jax.tree.map(lambda leaf: split_rows(leaf, slots, heads), tree)
+
+
+def split_asked(asked: Asked) -> Asked:
+    """`split` of what does not change."""
+    slots = asked.lengths.shape[0]
+    rest = split(asked._replace(prompt=()), slots)
+    return rest._replace(prompt=split(asked.prompt, slots, heads=1))
 
 
 @partial(
@@ -123,7 +143,8 @@ def enter(
         finite=by_slot(written.finite, jnp.all(jnp.isfinite(scores))[None]),
         counts=jax.tree.map(by_row, written.counts, counts),
     )
-    return asked, written
+    slots = asked.lengths.shape[0]
+    return split_asked(asked), split(written, slots)
 
 
 @partial(
@@ -194,7 +215,7 @@ def write(
         return steps + 1, written, own
 
     _, written, own = jax.lax.while_loop(going, step, (jnp.int32(0), written, own))
-    return written, own
+    return split(written, slots), split(own, slots, heads=2)
 
 
 def _next(

@@ -1,14 +1,15 @@
 """A model that writes: its generator, and what a stage must know of it beside."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from montessori_jax.config import Price, ResponseConfig, SamplingConfig
+from montessori_jax.config import MeshConfig, Price, ResponseConfig, SamplingConfig
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.dtypes import compute_dtype, forward_dtype
 from montessori_jax.generation.generator import Generator
 from montessori_jax.generation.sampler import JaxSampler
+from montessori_jax.mesh import sampling_mesh
 from montessori_jax.models.sources import load_model
 
 
@@ -67,9 +68,14 @@ class JaxTeachers:
 
     instructions: SamplingConfig
     responses: ResponseConfig
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def teacher(self, source: str) -> Teacher:
-        loaded = load_model(source, dtype=forward_dtype(self.instructions, self.responses))
+        loaded = load_model(
+            source,
+            dtype=forward_dtype(self.instructions, self.responses),
+            mesh=sampling_mesh(self.mesh),
+        )
         chat = ChatFormat.of(loaded)
         return Teacher(
             name=loaded.name,

@@ -11,7 +11,6 @@ from montessori_jax.influence.audit import Audit, Choice, audit, choose_method
 from montessori_jax.influence.chats import MeanLoss, TokenLosses, chat_candidate, chat_reference
 from montessori_jax.influence.local import METHODS, local_influence
 from montessori_jax.influence.memory import block_size
-from montessori_jax.influence.mesh import make_mesh
 from montessori_jax.influence.noise import noise_floor
 from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.reference import Reference, single_batch
@@ -33,6 +32,7 @@ from montessori_jax.influence.scoring import (
 from montessori_jax.influence.selection import Selection, bounds, select
 from montessori_jax.influence.step import candidate_update, zero_gradient_update
 from montessori_jax.influence.tokens import token_contributions
+from montessori_jax.mesh import make_mesh
 
 __all__ = [
     "METHODS",

@@ -19,6 +19,7 @@ from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.reference import Reference
 from montessori_jax.influence.scores import Candidate, Measured, Score, Scorer, measured_score
 from montessori_jax.influence.step import CandidateLoss, Params, apply_optimizer, scaled_gradient
+from montessori_jax.mesh import fetch
 from montessori_jax.pytrees import as_argument
 
 # What is compared with the reference: the gradient, LESS's Adam feature, or the actual update.
@@ -95,10 +96,10 @@ def _scorer(
     value: Callable[[float, float, float], float],
 ) -> Scorer:
     """Scores ``value(direction . feature, |direction|, |feature|)``."""
-    sizes = [math.sqrt(total(jax.device_get(_dots(one, one)))) for one in directions]
+    sizes = [math.sqrt(total(fetch(_dots(one, one)))) for one in directions]
 
     def score(members: Sequence[Candidate], data: Any, filled: np.ndarray) -> list[Score]:
-        found = jax.device_get(
+        found = fetch(
             aligned(
                 as_argument(probe.candidate_loss),
                 probe.tx,
@@ -185,7 +186,7 @@ def mean_direction(reference: Reference, params: Params) -> Params:
     result = jax.tree.map(jnp.zeros_like, params)
     for sample in range(reference.count):
         gradient = reference.part([sample]).gradient(params)
-        size = math.sqrt(total(jax.device_get(_dots(gradient, gradient))))
+        size = math.sqrt(total(fetch(_dots(gradient, gradient))))
         if size > 0:
             result = _added(result, gradient, jnp.asarray(1 / (size * reference.count)))
     return result

@@ -89,17 +89,20 @@ class MeanLoss:
         weights = batch.target_weights.astype(losses.dtype)
         return losses * weights / jnp.maximum(jnp.sum(weights), 1.0)
 
-    def together(self, data: Sequence[Batch], parts: int = 1) -> Iterator[tuple[Packed, list[int]]]:
+    def together(
+        self, data: Sequence[Batch], parts: int = 1, ways: int = 1
+    ) -> Iterator[tuple[Packed, list[int]]]:
         """Candidates of `chat_candidate` packed again, many to a row, `TOKENS_TOGETHER` a part.
 
         Yields batches and, for the samples of each, their indices in ``data``. Few shapes: rows are
-        256, 512, 1024, ... tokens long, and have targets in all or in three quarters.
+        256, 512, 1024, ... tokens long, and have targets in all or in three quarters; a part has
+        ``ways`` of them or a multiple, which its devices split.
         """
         chats = [unpacked(one) for one in data]
         lengths = [len(chat.tokens) for chat in chats]
         width = 1 << (max([*lengths, SHORTEST_ROW]) - 1).bit_length()
         layout = assign_rows(lengths, width)
-        most = parts * max(1, TOKENS_TOGETHER // width)
+        most = parts * ways * max(1, TOKENS_TOGETHER // width // ways)
         for start in range(0, len(layout), most):
             rows = layout[start : start + most]
             members = [index for row in rows for index in row]
@@ -110,7 +113,7 @@ class MeanLoss:
                 [[places[index] for index in row] for row in rows],
                 row_length=width,
                 slots=3 * width // 4 if fullest <= 3 * width // 4 else width,
-                rows=min(most, parts * bucket(-(-len(rows) // parts), 1)),
+                rows=min(most, parts * ways * bucket(-(-len(rows) // (parts * ways)), 1)),
             )
             batch = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
             numbers = np.tile(np.arange(bucket(len(data)), dtype=np.int32), (parts, 1))

@@ -32,6 +32,7 @@ from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.reference import BatchLosses, Reference, batch_by_batch
 from montessori_jax.influence.scores import Candidate, Measured, Score, Scorer, measured_score
 from montessori_jax.influence.step import CandidateLoss, Params, candidate_update
+from montessori_jax.mesh import fetch
 from montessori_jax.pytrees import as_argument
 
 Refine = Literal["none", "sign"]
@@ -170,7 +171,7 @@ def control_variate(
     at_centre: dict[Any, list[np.ndarray]] = {}
 
     def run(data: Any, step: bool, filled: np.ndarray) -> Corrected:
-        return jax.device_get(
+        return fetch(
             corrected(
                 as_argument(probe.candidate_loss),
                 probe.tx,

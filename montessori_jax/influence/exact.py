@@ -16,6 +16,7 @@ from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.reference import BatchLosses, batch_by_batch, require_finite
 from montessori_jax.influence.scores import Candidate, Measured, Score, Scorer, measured_score
 from montessori_jax.influence.step import CandidateLoss, Params, candidate_update
+from montessori_jax.mesh import fetch
 from montessori_jax.pytrees import as_argument
 
 # What a probe does before it measures the reference loss.
@@ -105,7 +106,7 @@ def exact(probe: Probe, *, offset: bool = True) -> Scorer:
             probe.gradient_scale,
             probe.mesh,
         )
-        return np.asarray(found.candidate_loss), [np.asarray(one) for one in found.reference_losses]
+        return fetch((found.candidate_loss, found.reference_losses))
 
     def start(data: Any) -> tuple[list[np.ndarray], list[float | None]]:
         """Losses before, lane by lane, and the offset: once for each shape of candidate."""

@@ -19,6 +19,7 @@ from montessori_jax.influence.step import (
     candidate_update,
     zero_gradient_update,
 )
+from montessori_jax.mesh import fetch
 from montessori_jax.pytrees import as_argument
 
 ExpansionPoint = Literal["zero_gradient", "mean_update", "params"]
@@ -94,7 +95,7 @@ def expand(
         if centre is None:
             base, gradient = 0.0, reference.gradient(params)
             products = _shared_product(probe.tx, params, probe.opt_state, gradient)
-            offset = -total(jax.device_get(products))
+            offset = -total(fetch(products))
         else:
             offset = reference.difference(before, reference.losses(still))
             base = offset

@@ -23,6 +23,7 @@ from montessori_jax.influence.expansion import (
 from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.scores import Candidate, Measured, Score, Scorer, measured_score
 from montessori_jax.influence.step import CandidateLoss, Params, candidate_update
+from montessori_jax.mesh import fetch
 from montessori_jax.pytrees import as_argument
 
 
@@ -120,7 +121,7 @@ def score_to_first_order(
     ``method`` is what they are called, ``errors`` a standard error for each reference set, for
     estimators that begin with this one.
     """
-    found = jax.device_get(
+    found = fetch(
         products(
             as_argument(probe.candidate_loss),
             probe.tx,

@@ -23,7 +23,7 @@ from montessori_jax.influence.expansion import (
     total,
 )
 from montessori_jax.influence.first_order import first_order_around
-from montessori_jax.influence.mesh import candidate_devices, split_candidates
+from montessori_jax.influence.mesh import candidate_devices, reference_ways, split_candidates
 from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.response import FEWEST, Response, fit_response
 from montessori_jax.influence.scores import (
@@ -41,6 +41,7 @@ from montessori_jax.influence.step import (
     scaled_gradient,
     zero_gradient_update,
 )
+from montessori_jax.mesh import fetch
 from montessori_jax.pytrees import as_argument
 
 Sensitivity = Literal["secant", "tangent"]
@@ -52,10 +53,13 @@ REACH = 2.0
 class Batched(Protocol):
     """A candidate loss that can lay many candidates out together; else they are stacked."""
 
-    def together(self, data: Sequence[Any], parts: int = 1) -> Iterable[tuple[Any, list[int]]]:
+    def together(
+        self, data: Sequence[Any], parts: int = 1, ways: int = 1
+    ) -> Iterable[tuple[Any, list[int]]]:
         """Batches of packed candidates, and which of ``data`` each one's samples are.
 
-        A batch's leaves have a leading axis of ``parts``, which devices compute apart.
+        A batch's leaves have a leading axis of ``parts``, which devices compute apart, and then one
+        of rows, which the ``ways`` devices of a part split.
         """
 
     def each(self, params: Params, packed: Any) -> Float[Array, " samples"]:
@@ -287,7 +291,7 @@ def linearized(
         if around.shared is not None:
             still = zero_gradient_update(tx, params, state)
             beyond = jax.tree.map(jnp.subtract, around.shared, still)
-            constant += total(jax.device_get(_dots(known.gradient, beyond)))
+            constant += total(fetch(_dots(known.gradient, beyond)))
         constants.append(constant)
     facts = {name: (known.loss_before, known.offset) for name, known in around.sets.items()}
     responses = dict.fromkeys(facts, Response())
@@ -311,9 +315,10 @@ def linearized(
         scores = {
             i: unmeasured(one, "linearized") for i, one in enumerate(candidates) if one.data is None
         }
-        parts = candidate_devices(probe.mesh)
-        for batch, members in loss.together([candidates[i].data for i in usable], parts):
-            found = jax.device_get(packed_slopes(loss, probe.params, trees, batch, probe.mesh))
+        parts, ways = candidate_devices(probe.mesh), reference_ways(probe.mesh)
+        data = [candidates[i].data for i in usable]
+        for batch, members in loss.together(data, parts, ways):
+            found = fetch(packed_slopes(loss, probe.params, trees, batch, probe.mesh))
             values, slopes = jax.tree.map(lambda leaf: leaf.sum(axis=0), found)
             for place, member in enumerate(members):
                 one = candidates[usable[member]]
@@ -326,7 +331,7 @@ def linearized(
         return [scores[i] for i in range(len(candidates))]
 
     def stacked(members: Sequence[Candidate], data: Any, filled: np.ndarray) -> list[Score]:
-        values, slopes = jax.device_get(
+        values, slopes = fetch(
             stacked_slopes(
                 as_argument(probe.candidate_loss), probe.params, trees, data, filled, probe.mesh
             )

@@ -17,6 +17,7 @@ from montessori_jax.influence.reference import Reference
 from montessori_jax.influence.scores import Candidate, Score, Scorer
 from montessori_jax.influence.second_order import second_order
 from montessori_jax.influence.step import CandidateLoss, Params
+from montessori_jax.mesh import mesh_of, use_mesh
 
 T = TypeVar("T")
 
@@ -74,7 +75,8 @@ def local_influence(
         block: candidates side by side on the device (`block_size`).
         pool: candidates that pilots are taken from; by default ``candidates``, where they are a
             sequence.
-        mesh: devices that candidates are split over (`make_mesh`), ``block`` on each.
+        mesh: devices that candidates are split over (`make_mesh`), ``block`` on each; by default
+            those that ``params`` lie on.
         finished: numbers of chunks that are done already; they are skipped.
         on_chunk: called with each chunk's number and scores, for instance to write them down.
         options: the estimator's own, such as ``expansion_point`` or ``fraction``.
@@ -98,8 +100,8 @@ def local_influence(
         block=block,
         chunk=chunk,
         pool=pool,
-    ).on_mesh(mesh)
-    scorer = METHODS[method](probe, **options)
+    ).on_mesh(mesh or mesh_of(params))
+    scorer = build_scorer(method, probe, **options)
     scores: list[Score] = []
     for number, part in enumerate(chunks(candidates, chunk)):
         if number in finished:
@@ -109,6 +111,18 @@ def local_influence(
         if on_chunk is not None:
             on_chunk(number, made)
     return scores
+
+
+def build_scorer(method: str, probe: Probe, **options: Any) -> Scorer:
+    """The scorer of ``method``; it, and what it is made of, is traced for the probe's mesh."""
+    with use_mesh(probe.mesh):
+        scorer = METHODS[method](probe, **options)
+
+    def score(candidates: Sequence[Candidate]) -> list[Score]:
+        with use_mesh(probe.mesh):
+            return scorer(candidates)
+
+    return score
 
 
 def chunks(candidates: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -1,5 +1,6 @@
 """How many candidates fit side by side, and what activations weigh."""
 
+import math
 from typing import Any
 
 import jax
@@ -49,5 +50,11 @@ def block_size(params: Any, activations: int = 0, *, device: jax.Device | None =
     if device.platform == "cpu" or not stats or "bytes_limit" not in stats:
         return 1
     free = USABLE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0))
-    weights = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))
+    weights = sum(map(_bytes_here, jax.tree.leaves(params)))
     return int(np.clip(free // (COPIES_PER_LANE * weights + activations), 1, LARGEST_BLOCK))
+
+
+def _bytes_here(leaf: Any) -> int:
+    """What of an array lies on one device."""
+    shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
+    return math.prod(shape) * np.dtype(leaf.dtype).itemsize

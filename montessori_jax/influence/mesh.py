@@ -1,4 +1,4 @@
-"""Several devices: candidates split over one axis of a mesh, the student's weights over the other.
+"""Several devices: candidates split over one axis of the mesh, the student over the others.
 
 Candidates have nothing to say to each other, so the program of a device is that of one device
 alone, written as such (`jax.shard_map`): no choice of the compiler can bring in communication
@@ -10,41 +10,11 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from montessori_jax.errors import UserError
+from montessori_jax.mesh import CANDIDATE, DATA, FSDP, TENSOR, place
 
 T = TypeVar("T")
-CANDIDATE, STUDENT = "candidate", "student"
-
-
-def make_mesh(devices: int = 0, shards: int = 1) -> Mesh | None:
-    """A mesh ``candidate x student`` of this host's devices; None where it would be one device.
-
-    Args:
-        devices: how many; 0 takes all accelerators, and one of the CPU's.
-        shards: how many share one copy of the student. ``devices / shards`` candidates (times
-            those side by side on a device) are probed at a time.
-
-    Raises:
-        UserError: the host has fewer devices, or ``shards`` does not divide them.
-    """
-    local = jax.local_devices()
-    count = devices or (1 if local[0].platform == "cpu" else len(local))
-    if count > len(local):
-        raise UserError(
-            f"devices {count}: this host has {len(local)} ({local[0].platform}): give at most "
-            "that many, or 0 for all accelerators"
-        )
-    if count % shards:
-        raise UserError(
-            f"student_shards {shards} does not divide {count} devices: give a divisor of it, or "
-            "another number of devices"
-        )
-    if count == 1:
-        return None
-    places = np.array(local[:count]).reshape(count // shards, shards)
-    return Mesh(places, (CANDIDATE, STUDENT), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def candidate_devices(mesh: Mesh | None) -> int:
@@ -52,28 +22,46 @@ def candidate_devices(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape[CANDIDATE]
 
 
+def reference_ways(mesh: Mesh | None) -> int:
+    """Into how many parts the devices of one place split a batch of reference rows."""
+    return 1 if mesh is None else mesh.shape[DATA] * mesh.shape[FSDP]
+
+
 def laid_out(tree: T, mesh: Mesh) -> T:
-    """A pytree of weights or moments on the mesh: one copy for each place of a candidate.
+    """Any pytree of weights or moments on the mesh: one copy for each place of a candidate.
 
-    The longest axis of a matrix that the student's devices divide is split over them; vectors,
-    numbers and what does not divide are on every device.
+    What is on the mesh already stays as it is (`montessori_jax.models.sharding` lays decoders out).
+    Of other matrices the longest axis that ``fsdp`` divides is split over it, and the longest of
+    the rest over ``tensor``; vectors, numbers and what does not divide are on every device.
     """
-    shards = mesh.shape[STUDENT]
 
-    def put(leaf: Any) -> jax.Array:
+    def put(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh == mesh:
+            return leaf
         shape = np.shape(leaf)
         spec: list[str | None] = [None] * len(shape)
-        axes = [axis for axis, size in enumerate(shape) if size % shards == 0]
-        if shards > 1 and len(shape) > 1 and axes:
-            spec[max(axes, key=lambda axis: shape[axis])] = STUDENT
-        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+        for name in (FSDP, TENSOR):
+            free = [
+                axis
+                for axis, size in enumerate(shape)
+                if spec[axis] is None and size % mesh.shape[name] == 0
+            ]
+            if mesh.shape[name] > 1 and len(shape) > 1 and free:
+                spec[max(free, key=lambda axis: shape[axis])] = name
+        return place(leaf, mesh, PartitionSpec(*spec))
 
     return jax.tree.map(put, tree)
 
 
-def on_every_device(tree: T, mesh: Mesh) -> T:
-    """A pytree of arrays with a copy on each device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def place_reference(batches: T, mesh: Mesh) -> T:
+    """Reference batches ``[passes, rows, ...]``, their rows split within each candidate's place."""
+
+    def put(leaf: Any) -> Any:
+        split = np.ndim(leaf) > 1 and np.shape(leaf)[1] % reference_ways(mesh) == 0
+        return place(leaf, mesh, PartitionSpec(None, (DATA, FSDP)) if split else None)
+
+    return jax.tree.map(put, batches)
 
 
 def split_candidates(
@@ -89,7 +77,7 @@ def split_candidates(
 
     Args:
         function: of pytrees to a pytree.
-        mesh: of `make_mesh`.
+        mesh: of `montessori_jax.mesh.make_mesh`.
         axes: for each argument the candidates' axis in its leaves, which `candidate_devices`
             divides; None where all devices read all of it.
         out_axis: the candidates' axis in what is returned.

@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from montessori_jax.errors import UserError
-from montessori_jax.influence.mesh import laid_out, on_every_device
+from montessori_jax.influence.mesh import laid_out, place_reference
 from montessori_jax.influence.step import Params
+from montessori_jax.mesh import Places, fetch, in_places, places_of
 from montessori_jax.pytrees import as_argument
 
 Reduction = Literal["sample", "token", "batch8"]
@@ -127,7 +128,7 @@ class Reference:
         return replace(
             self,
             losses_of_batch=laid_out(as_argument(self.losses_of_batch), mesh),
-            batches=on_every_device(self.batches, mesh),
+            batches=place_reference(self.batches, mesh),
             gradient_losses_of_batch=smooth and laid_out(as_argument(smooth), mesh),
             select=select and (lambda indices: select(indices).on_mesh(mesh)),
         )
@@ -141,11 +142,13 @@ class Reference:
 
     def losses(self, params: Params) -> Float[np.ndarray, "passes *tokens"]:
         """Every token's loss, on the host, by one compiled program whatever the parameters."""
-        return jax.device_get(_losses(as_argument(self.losses_of_batch), params, self.batches))
+        return fetch(_losses(as_argument(self.losses_of_batch), params, self.batches))
 
     def gradient(self, params: Params) -> Params:
         """Gradient of the reference loss, added up batch by batch: memory of one batch."""
-        return _gradient(self._smooth(), params, self.batches, self.weights)
+        return gradient_program(
+            self._smooth(), params, self.batches, self.weights, places=places_of(params)
+        )
 
     def hvp(self, params: Params, vector: Params) -> Params:
         """``H v`` with the reference loss's Hessian at ``params``: forward over reverse.
@@ -153,7 +156,9 @@ class Reference:
         The derivative of `gradient` along ``vector`` (Pearlmutter 1994), batch by batch; about two
         gradients in time and in activations.
         """
-        return _hvp(self._smooth(), params, self.batches, self.weights, vector)
+        return _hvp(
+            self._smooth(), params, self.batches, self.weights, vector, places=places_of(params)
+        )
 
     def _smooth(self) -> BatchLosses:
         return as_argument(self.gradient_losses_of_batch or self.losses_of_batch)
@@ -167,8 +172,14 @@ def batch_by_batch(losses: BatchLosses, params: Params, batches: Any) -> Array:
 _losses = jax.jit(batch_by_batch)
 
 
-def gradient_of(losses: BatchLosses, params: Params, batches: Any, weights: Array) -> Params:
-    """Gradient of ``sum_t weight_t loss_t``, added up batch by batch."""
+def gradient_of(
+    losses: BatchLosses, params: Params, batches: Any, weights: Array, places: Places = None
+) -> Params:
+    """Gradient of ``sum_t weight_t loss_t``, added up batch by batch.
+
+    ``places`` (of the parameters) are where the sum lies: left alone, the compiler may give every
+    device all of it.
+    """
 
     def weighted(params: Params, batch: Any, weights: Array) -> Array:
         values = losses(params, batch)
@@ -176,20 +187,29 @@ def gradient_of(losses: BatchLosses, params: Params, batches: Any, weights: Arra
         return jnp.sum(jnp.where(weights > 0, values * weights.astype(values.dtype), 0))
 
     def add(total: Params, inputs: tuple[Any, Array]) -> tuple[Params, None]:
-        return jax.tree.map(jnp.add, total, jax.grad(weighted)(params, *inputs)), None
+        gradient = jax.grad(weighted)(params, *inputs)
+        return in_places(jax.tree.map(jnp.add, total, gradient), places), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     return jax.lax.scan(add, zeros, (batches, weights))[0]
 
 
-_gradient = jax.jit(gradient_of)
+gradient_program = jax.jit(gradient_of, static_argnames="places")
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="places")
 def _hvp(
-    losses: BatchLosses, params: Params, batches: Any, weights: Array, vector: Params
+    losses: BatchLosses,
+    params: Params,
+    batches: Any,
+    weights: Array,
+    vector: Params,
+    places: Places = None,
 ) -> Params:
-    return jax.jvp(lambda p: gradient_of(losses, p, batches, weights), (params,), (vector,))[1]
+    def gradient(params: Params) -> Params:
+        return gradient_of(losses, params, batches, weights, places)
+
+    return jax.jvp(gradient, (params,), (vector,))[1]
 
 
 def single_batch(

@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from montessori_jax import cluster
 from montessori_jax.config import InfluenceConfig
 from montessori_jax.data.chat import EncodedChat
 from montessori_jax.errors import UserError
@@ -32,16 +33,19 @@ from montessori_jax.influence.chats import (
     chat_reference,
 )
 from montessori_jax.influence.costs import costs, ladder
-from montessori_jax.influence.local import METHODS, OnChunk, chunks
+from montessori_jax.influence.local import OnChunk, build_scorer, chunks
 from montessori_jax.influence.memory import activation_bytes, block_size
-from montessori_jax.influence.mesh import candidate_devices, make_mesh
+from montessori_jax.influence.mesh import candidate_devices, reference_ways
 from montessori_jax.influence.noise import noise_floor
 from montessori_jax.influence.precision import require_precision
 from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.reference import Reference
+from montessori_jax.influence.regime import attention_of, label, resolved, with_method
 from montessori_jax.influence.scores import Candidate, Score, Scorer
 from montessori_jax.influence.step import candidate_update
+from montessori_jax.mesh import mesh_of, put, use_mesh
 from montessori_jax.models import Model, Params
+from montessori_jax.models.sharding import moment_shardings
 from montessori_jax.pytrees import as_argument
 
 log = logging.getLogger(__name__)
@@ -49,8 +53,6 @@ log = logging.getLogger(__name__)
 # Reference rows, or several sets of them by name.
 ReferenceChats = Sequence[EncodedChat] | Mapping[str, Sequence[EncodedChat]]
 BASELINES = ("grad_dot", "grad_cos", "less")
-# Estimators that differentiate in forward mode, which fused attention kernels do not have.
-FORWARD = ("control_variate", "linearized", "second_order")
 
 
 class Student(NamedTuple):
@@ -60,24 +62,6 @@ class Student(NamedTuple):
     params: Params
     opt_state: optax.OptState
     tx: optax.GradientTransformation
-
-
-def resolved(settings: InfluenceConfig) -> InfluenceConfig:
-    """Settings with their preset applied.
-
-    ``original`` is the regime of Montessori-Instruct's public code: gradients divided by its 8
-    devices, the reference loss a mean over batches of 8, parameters, moments and products in bf16,
-    and a difference of two losses unless another method is named.
-    """
-    if settings.preset != "original":
-        return settings
-    return replace(
-        settings,
-        method="exact" if settings.method == "auto" else settings.method,
-        gradient_scale=1 / 8,
-        reference_reduction="batch8",
-        precision="bfloat16",
-    )
 
 
 def score_candidates(
@@ -100,7 +84,8 @@ def score_candidates(
 
     Args:
         model: the student's decoder.
-        params: its float32 parameters after the warm-up.
+        params: its float32 parameters after the warm-up. Where they lie on a mesh
+            (`montessori_jax.models.sharding.laid_out`), candidates are split over it.
         opt_state: the optimizer's state after the warm-up, of ``tx``'s structure.
         tx: the probe step (`montessori_jax.training.optimizer.probe_optimizer`), which carries
             the learning rate.
@@ -156,9 +141,11 @@ def score_candidates(
             partial(candidate_update, gradient_scale=probe.gradient_scale), static_argnums=1
         )
         loss = as_argument(probe.candidate_loss)
-        _, updates = step(loss, probe.tx, probe.params, probe.opt_state, usable.data)
         first = next(iter(probe.references.values()))
-        report_noise(noise_floor(first, probe.params, updates), scores)
+        with use_mesh(probe.mesh):
+            _, updates = step(loss, probe.tx, probe.params, probe.opt_state, usable.data)
+            floor = noise_floor(first, probe.params, updates)
+        report_noise(floor, scores)
     return scores
 
 
@@ -261,19 +248,6 @@ def names_of(ids: Sequence[str] | None, count: int) -> Sequence[str]:
     return ids
 
 
-def label(settings: InfluenceConfig) -> str:
-    """What scores are called: the method, and what of its numerics is not as it should be."""
-    if settings.preset == "original":
-        return f"{settings.method} (preset original, {settings.precision})"
-    plain = settings.precision == "float32"
-    return settings.method if plain else f"{settings.method} ({settings.precision})"
-
-
-def with_method(settings: InfluenceConfig, method: str) -> InfluenceConfig:
-    """The same settings for a method by name."""
-    return replace(settings, method=cast(Any, method))
-
-
 def candidates_of(
     chats: Sequence[EncodedChat], names: Sequence[str], settings: InfluenceConfig
 ) -> ChatCandidates:
@@ -285,18 +259,6 @@ def candidates_of(
     )
 
 
-def attention_of(settings: InfluenceConfig, dtype: str | None = None) -> str:
-    """The attention kernel of what is computed in ``dtype``; by default ``settings.precision``.
-
-    Forward mode needs ``xla``, and so does what a run in bf16 computes in float32 all the same:
-    cuDNN has no float32.
-    """
-    narrow = settings.attention == "cudnn" and settings.precision == "bfloat16"
-    if settings.method in FORWARD or (narrow and dtype == "float32"):
-        return "xla"
-    return settings.attention
-
-
 def probe_of(
     student: Student,
     candidates: Sequence[Candidate],
@@ -305,17 +267,20 @@ def probe_of(
 ) -> Probe:
     """A `Probe` as settings want it: precision, reference sets, block size."""
     require_precision(settings.precision)
+    mesh = mesh_of((student.model, student.params))
     params, opt_state = student.params, student.opt_state
+    if mesh is not None:
+        opt_state = put(opt_state, moment_shardings(student.tx, params, mesh))
     if settings.preset == "original":
         params, opt_state = jax.tree.map(_as_bfloat16, (params, opt_state))
     references = {
-        name: reference_for(student.model, rows, settings)
+        name: reference_for(student.model, rows, settings, reference_ways(mesh))
         for name, rows in _named(reference_chats).items()
     }
-    mesh = make_mesh(settings.devices, settings.student_shards)
     most = -(-settings.chunk // candidate_devices(mesh))
-    block = settings.block or min(
-        lanes(student.model, params, candidates, one) for one in references.values()
+    # The same in every process of a job, whose program is one.
+    block = settings.block or cluster.smallest(
+        min(lanes(student.model, params, candidates, one) for one in references.values())
     )
     return Probe(
         MeanLoss(TokenLosses(student.model, settings.precision, attention_of(settings))),
@@ -356,16 +321,17 @@ def estimator(probe: Probe, settings: InfluenceConfig, seed: int = 0) -> Scorer:
         given |= {"z": settings.refine_z, "seed": seed}
     if settings.method == "linearized":
         given["sensitivity"] = settings.sensitivity
-    return METHODS[settings.method](probe, **given)
+    return build_scorer(settings.method, probe, **given)
 
 
 def reference_for(
-    model: Model, chats: Sequence[EncodedChat], settings: InfluenceConfig
+    model: Model, chats: Sequence[EncodedChat], settings: InfluenceConfig, ways: int = 1
 ) -> Reference:
     """The reference set as ``settings`` want it.
 
     Losses that are subtracted are computed in float32, except by ``exact`` in bf16, which then
-    measures what it says; gradients are computed in ``settings.precision``.
+    measures what it says; gradients are computed in ``settings.precision``. ``ways`` is into how
+    many parts devices split a batch's rows.
     """
     as_asked = settings.method == "exact" or settings.precision == "bf16_split"
     dtype = settings.precision if as_asked else "float32"
@@ -375,7 +341,7 @@ def reference_for(
         reduction=settings.reference_reduction,
         max_length=settings.max_length,
         row_length=settings.row_length,
-        rows_per_pass=settings.rows_per_pass,
+        rows_per_pass=settings.rows_per_pass * ways,
         dtype=dtype,
         gradient_dtype=settings.precision,
         attention=attention_of(settings, dtype),

@@ -24,6 +24,7 @@ from montessori_jax.influence.probe import Probe
 from montessori_jax.influence.reference import BatchLosses, gradient_of
 from montessori_jax.influence.scores import Candidate, Measured, Score, Scorer, measured_score
 from montessori_jax.influence.step import CandidateLoss, Params, candidate_update
+from montessori_jax.mesh import fetch
 from montessori_jax.pytrees import as_argument
 
 
@@ -108,7 +109,7 @@ def second_order(
     offsets: list[float] = []
 
     def run(data: Any, filled: np.ndarray, use_gradient: bool) -> Curved:
-        return jax.device_get(
+        return fetch(
             curved(
                 as_argument(probe.candidate_loss),
                 probe.tx,

@@ -4,13 +4,16 @@ Both have reverse-mode derivatives alone: forward mode (`jax.jvp`) raises throug
 the plain implementation.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from montessori_jax.errors import UserError
+from montessori_jax.mesh import TENSOR, row_axes
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 BY_BACKEND = {"gpu": "cudnn", "tpu": "splash"}
@@ -31,12 +34,14 @@ def choose(
 ) -> str:
     """``xla``, ``cudnn`` or ``splash``: the one asked for, or for ``auto`` the backend's fastest.
 
-    ``auto`` takes ``xla`` where the backend's kernel would not compute exactly what is asked.
+    ``auto`` takes ``xla`` where the backend's kernel would not compute exactly what is asked. The
+    backend is the platform of the mesh that is set (`jax.set_mesh`), which need not be this
+    host's: programs are compiled for chips that are not there too.
 
     Raises:
         UserError: a kernel that was named cannot compute this, and why.
     """
-    backend = backend or jax.default_backend()
+    backend = backend or platform()
     if implementation == "auto":
         fastest = BY_BACKEND.get(backend, "xla")
         return "xla" if _obstacle(fastest, query, branches, soft_cap, backend) else fastest
@@ -48,6 +53,12 @@ def choose(
     if reason:
         raise UserError(f"attention '{implementation}' {reason}; set attention to auto or xla")
     return implementation
+
+
+def platform() -> str:
+    """``cpu``, ``gpu`` or ``tpu``: of the mesh that is set, or JAX's default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _obstacle(
@@ -101,11 +112,13 @@ def by_splash(
     """Splash attention, JAX's Pallas kernel for TPUs, which skips blocks that nobody sees.
 
     Its masks are static: where only a traced value tells whether a layer slides, both kernels are
-    compiled and one of them runs. ``interpret`` runs it on a CPU, slowly, for tests.
+    compiled and one of them runs. On a mesh that is set each device attends for its own rows and
+    heads, for the compiler cannot split a kernel. ``interpret`` runs it on a CPU, slowly, for
+    tests.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    length, heads = query.shape[1:3]
+    length = query.shape[1]
     block = next(size for size in (LARGEST_BLOCK, LARGEST_BLOCK // 2, BLOCK) if length % size == 0)
     sizes = splash.BlockSizes(
         block_q=block,
@@ -120,21 +133,50 @@ def by_splash(
         # How many tokens back and ahead; none back is no limit.
         reach = (None if window is None else window - 1, 0)
         seen = splash.LocalMask((length, length), reach, offset=0)
-        kernel = splash.make_splash_mha_single_device(
-            splash.MultiHeadMask([seen] * heads),
-            block_sizes=sizes,
-            attn_logits_soft_cap=soft_cap,
-            interpret=interpret,
-        )
 
-        def one(query: Array, key: Array, value: Array, segments: Array) -> Array:
-            return kernel(query, key, value, segment_ids=splash.SegmentIds(segments, segments))
+        def here(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
+            kernel = splash.make_splash_mha_single_device(
+                splash.MultiHeadMask([seen] * query.shape[2]),
+                block_sizes=sizes,
+                attn_logits_soft_cap=soft_cap,
+                interpret=interpret,
+            )
 
-        # The kernel has neither a batch axis nor a scale. In float32: a rounded scale is a bias.
-        scaled = (query.astype(jnp.float32) * scale).astype(query.dtype).swapaxes(1, 2)
-        mixed = jax.vmap(one)(scaled, key.swapaxes(1, 2), value.swapaxes(1, 2), segment_ids)
-        return mixed.swapaxes(1, 2)
+            def one(query: Array, key: Array, value: Array, segments: Array) -> Array:
+                return kernel(query, key, value, segment_ids=splash.SegmentIds(segments, segments))
+
+            # The kernel has neither a batch axis nor a scale. In float32: a rounded scale is a
+            # bias.
+            scaled = (query.astype(jnp.float32) * scale).astype(query.dtype).swapaxes(1, 2)
+            mixed = jax.vmap(one)(scaled, key.swapaxes(1, 2), value.swapaxes(1, 2), segment_ids)
+            return mixed.swapaxes(1, 2)
+
+        split = _split(here, query.shape[0], key.shape[2])
+        return split(query, key, value, segment_ids)
 
     if window is None or isinstance(sliding, bool):
         return attend(window if sliding else None)
     return jax.lax.cond(sliding, lambda: attend(window), lambda: attend(None))
+
+
+def _split(attend: Callable[..., Array], rows: int, kv_heads: int) -> Callable[..., Array]:
+    """``attend(query, key, value, segment_ids)`` with rows and heads split over the mesh's axes.
+
+    Over those axes that no `jax.shard_map` around has taken; what an axis does not divide, all of
+    its devices compute.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+    if not free:
+        return attend
+    by_rows, _ = row_axes(rows)
+    by_heads = TENSOR if TENSOR in free and kv_heads % free[TENSOR] == 0 else None
+    whole = PartitionSpec(by_rows or None, None, by_heads)
+    return jax.shard_map(
+        attend,
+        in_specs=(whole, whole, whole, PartitionSpec(by_rows or None)),
+        out_specs=whole,
+        axis_names=set(free),
+        check_vma=False,  # a Pallas call does not say over which axes its results vary
+    )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from montessori_jax.mesh import collected, split_rows
 from montessori_jax.models.attention import decode_attention, packed_attention, soft_capped, wide
 from montessori_jax.models.config import ModelConfig
 from montessori_jax.models.rope import Rotation, rotate, rotations
@@ -325,11 +326,11 @@ class Model:
             block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
             turn = turns.of(sliding)
             x, _ = block.packed(x, turn, segment_ids, positions, branches, sliding, attention)
-            return x, None
+            return split_rows(x), None
 
         if remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-        x = embedded(config, decoder.embed.embedding[...], tokens, dtype)
+        x = split_rows(embedded(config, decoder.embed.embedding[...], tokens, dtype))
         x, _ = jax.lax.scan(body, x, (layers, kinds))
         return decoder.norm(x)
 
@@ -352,5 +353,5 @@ def embedded(
     dtype: jnp.dtype | type,
 ) -> Float[Array, "*rows width"]:
     """What the first layer sees: each token's embedding, scaled where the family does so."""
-    x = jnp.take(embedding, tokens, axis=0).astype(dtype)
+    x = jnp.take(collected(embedding), tokens, axis=0).astype(dtype)
     return x * jnp.asarray(math.sqrt(config.hidden_size), dtype) if config.scale_embeddings else x

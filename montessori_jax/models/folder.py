@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError
 
 from montessori_jax.errors import UserError
@@ -34,7 +35,11 @@ SHARD_BYTES = 2 * 1024**3
 
 
 def load_folder(
-    path: str | Path, *, name: str | None = None, dtype: jnp.dtype | type = jnp.float32
+    path: str | Path,
+    *,
+    name: str | None = None,
+    dtype: jnp.dtype | type = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> LoadedModel:
     """Read a Hugging Face folder: safetensors (one file or shards), config and tokenizer.
 
@@ -45,13 +50,16 @@ def load_folder(
         path: the folder.
         name: what the model is called afterwards; by default the path.
         dtype: of the parameters in memory.
+        mesh: see `to_params`.
 
     Raises:
         UserError: anything missing, broken or unsupported, in one line that names it.
     """
     folder = Path(path)
     head = read_head(folder)
-    params = to_params(head.config, Shards(_weight_files(folder)), dtype=dtype, origin=str(folder))
+    params = to_params(
+        head.config, Shards(_weight_files(folder)), dtype=dtype, origin=str(folder), mesh=mesh
+    )
     return LoadedModel(
         name=name or str(folder),
         model=Model(head.config),

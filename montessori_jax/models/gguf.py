@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 from gguf.quants import dequantize
+from jax.sharding import Mesh
 
 from montessori_jax.errors import UserError
 from montessori_jax.models.config import ModelConfig, RopeScaling
@@ -48,7 +49,11 @@ TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padd
 
 
 def load_gguf(
-    path: str | Path, *, name: str | None = None, dtype: jnp.dtype | type = jnp.float32
+    path: str | Path,
+    *,
+    name: str | None = None,
+    dtype: jnp.dtype | type = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> LoadedModel:
     """Read a GGUF file of a supported model with its tokenizer; quantised tensors become floats.
 
@@ -59,6 +64,7 @@ def load_gguf(
         path: the file.
         name: what the model is called afterwards; by default the path.
         dtype: of the parameters in memory.
+        mesh: see `to_params`.
 
     Raises:
         UserError: no such file, not GGUF, another architecture or setting than is supported, or
@@ -75,7 +81,7 @@ def load_gguf(
         ) from None
     config = gguf_config(reader, str(path))
     tensors = GgufTensors(reader, config)
-    params = to_params(config, tensors, dtype=dtype, origin=str(path))
+    params = to_params(config, tensors, dtype=dtype, origin=str(path), mesh=mesh)
     return LoadedModel(
         name=name or str(path),
         model=Model(config),

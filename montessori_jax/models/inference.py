@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from montessori_jax.mesh import TENSOR, mesh_of
 from montessori_jax.models.attention import soft_capped
 from montessori_jax.models.config import ModelConfig
 from montessori_jax.models.decoder import (
@@ -37,8 +39,18 @@ def unstack(model: Model, params: Params, dtype: jnp.dtype | type) -> Params:
     """A copy of ``params`` to decode with: layers apart, kernels outputs first, all in ``dtype``.
 
     Costs as much memory as the model in ``dtype``, less the embedding where that is shared
-    (``dtype`` is its own); ``params`` are not needed for decoding after this.
+    (``dtype`` is its own); ``params`` are not needed for decoding after this. On a mesh only
+    ``tensor`` splits the copy: a step that had to collect its weights would do little else.
     """
+    mesh = mesh_of(params)
+
+    def collected(leaf: Array) -> Array:
+        """The leaf without what ``fsdp`` splits."""
+        if mesh is None:
+            return leaf
+        assert isinstance(leaf.sharding, NamedSharding)
+        spec = [TENSOR if axis == TENSOR else None for axis in leaf.sharding.spec]
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
     @jax.jit
     def layer(layers: Params, index: Array) -> Params:
@@ -48,13 +60,16 @@ def unstack(model: Model, params: Params, dtype: jnp.dtype | type) -> Params:
 
         return jax.tree_util.tree_map_with_path(take, layers)
 
+    def apart(index: int) -> Params:
+        return jax.tree.map(collected, layer(params["layers"], jnp.int32(index)))
+
     weights = {
-        "embedding": params["embed"]["embedding"].astype(dtype),
+        "embedding": collected(params["embed"]["embedding"].astype(dtype)),
         "norm": jax.tree.map(lambda leaf: leaf.astype(dtype), params["norm"]),
-        "layers": [layer(params["layers"], jnp.int32(i)) for i in range(model.config.num_layers)],
+        "layers": [apart(i) for i in range(model.config.num_layers)],
     }
     if not model.config.tie_word_embeddings:
-        weights["head"] = params["head"]["kernel"].T.astype(dtype)
+        weights["head"] = collected(params["head"]["kernel"].T.astype(dtype))
     return weights
 
 

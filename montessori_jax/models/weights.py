@@ -9,11 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from montessori_jax.errors import UserError
 from montessori_jax.models.config import ModelConfig
 from montessori_jax.models.decoder import Model, Params
 from montessori_jax.models.families import Row, conversion_table
+from montessori_jax.models.sharding import param_shardings
 
 # Buffers that old checkpoints carry and that follow from the configuration.
 IGNORED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -37,6 +39,7 @@ def to_params(
     *,
     dtype: jnp.dtype | type = jnp.float32,
     origin: str = "weights",
+    mesh: Mesh | None = None,
 ) -> Params:
     """Hugging Face tensors -> `Model` parameters: renamed, transposed, layers stacked.
 
@@ -49,6 +52,8 @@ def to_params(
         tensors: arrays by Hugging Face name; may be lazy (then a `LazyTensors` too).
         dtype: of the parameters.
         origin: what errors call the tensors' source.
+        mesh: where the parameters are to lie (`montessori_jax.models.sharding`); each process
+            reads what its own devices hold of them. None is the default device.
 
     Raises:
         UserError: tensors that are missing, unknown, misshapen or not floating point, by name; or
@@ -74,14 +79,18 @@ def to_params(
 
     places = {name: (row, layer) for name, row, layer in _file_order(config)}
     shapes = Model(config).shapes()
-    make = _HostBuffer if jax.default_backend() == "cpu" else _DeviceBuffer
-    buffers: dict[tuple[str, ...], _HostBuffer | _DeviceBuffer] = {}
+    shardings = None if mesh is None else param_shardings(Model(config), mesh)
+    buffers: dict[tuple[str, ...], _HostBuffer | _DeviceBuffer | _SplitBuffer] = {}
     for name in tensors:
         if name not in places or name not in names:
             continue
         row, layer = places[name]
         if row.path not in buffers:
-            buffers[row.path] = make(_leaf(shapes, row.path).shape, jnp.dtype(dtype))
+            about = _leaf(shapes, row.path).shape, jnp.dtype(dtype)
+            if shardings is None:
+                buffers[row.path] = _buffer(*about)
+            else:
+                buffers[row.path] = _SplitBuffer(*about, _leaf(shardings, row.path))
         tensor = _floating(origin, name, tensors[name])
         buffers[row.path].put(row.transform.read(tensor), layer)
     if redundant_head:
@@ -166,7 +175,8 @@ def _leaf(tree: Params, path: tuple[str, ...]) -> Any:
 class _HostBuffer:
     """A parameter being filled in host memory, handed to JAX without another copy."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, device: jax.Device | None = None):
+        self._device = device
         size = math.prod(shape) * dtype.itemsize
         raw = np.empty(size + ALIGNMENT, np.uint8)
         start = -raw.ctypes.data % ALIGNMENT
@@ -176,29 +186,59 @@ class _HostBuffer:
         _copy(self._whole if layer is None else self._whole[layer], part)
 
     def array(self) -> jax.Array:
-        return jax.device_put(self._whole, may_alias=True)
+        return jax.device_put(self._whole, self._device, may_alias=True)
 
 
 class _DeviceBuffer:
     """A parameter being filled on the device; the host holds one layer's part of it."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
-        self._shape, self._dtype = shape, dtype
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, device: jax.Device | None = None):
+        self._shape, self._dtype, self._device = shape, dtype, device
         self._whole: jax.Array | None = None
 
     def put(self, part: np.ndarray, layer: int | None) -> None:
         host = np.empty(part.shape, self._dtype)
         _copy(host, part)
         if layer is None:
-            self._whole = jax.device_put(host)
+            self._whole = jax.device_put(host, self._device)
         else:
-            whole = jnp.zeros(self._shape, self._dtype) if self._whole is None else self._whole
+            whole = self._whole
+            if whole is None:
+                whole = jnp.zeros(self._shape, self._dtype, device=self._device)
             self._whole = _insert(whole, host, layer)
         jax.block_until_ready(self._whole)  # or the host would hold all that is still on its way
 
     def array(self) -> jax.Array:
         assert self._whole is not None
         return self._whole
+
+
+class _SplitBuffer:
+    """A parameter being filled on a mesh: each device of this process has its own part."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding):
+        self._shape, self._sharding = shape, sharding
+        part = sharding.shard_shape(shape)
+        self._parts = [
+            (index or (), _buffer(part, dtype, device))
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
+        ]
+
+    def put(self, part: np.ndarray, layer: int | None) -> None:
+        for index, buffer in self._parts:
+            # Layers are never split.
+            buffer.put(part[index if layer is None else index[1:]], layer)
+
+    def array(self) -> jax.Array:
+        arrays = [buffer.array() for _, buffer in self._parts]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)
+
+
+def _buffer(
+    shape: tuple[int, ...], dtype: np.dtype, device: jax.Device | None = None
+) -> _HostBuffer | _DeviceBuffer:
+    platform = jax.default_backend() if device is None else device.platform
+    return (_HostBuffer if platform == "cpu" else _DeviceBuffer)(shape, dtype, device)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -213,6 +253,11 @@ def _take(whole: jax.Array, layer: jax.Array) -> jax.Array:
 
 def _fetch(leaf: Any, layer: int | None) -> np.ndarray:
     """One layer of a parameter on the host; a view where it is there already."""
+    if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+        # All processes do this together, and each gets all of it.
+        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        whole = leaf if layer is None else _take(leaf, layer)
+        return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere)(whole))
     here = not isinstance(leaf, jax.Array) or all(d.platform == "cpu" for d in leaf.devices())
     if layer is None or here:
         whole = np.asarray(leaf)

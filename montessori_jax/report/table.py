@@ -10,6 +10,8 @@ STUDENTS = {
     "untrained": "untrained",
     "untuned": "trained on the untuned teacher's data (Self-Instruct)",
     "tuned": "trained on the tuned teacher's data",
+    "seeds": "trained on the seeds",
+    "expanded": "trained on seeds and what was written from the hard ones (LLM2LLM)",
 }
 # Below this the loop runs but learns next to nothing: the paper trains students on 10,000 rows.
 DEMONSTRATION_ROWS = 1000
@@ -25,7 +27,7 @@ def render(summary: Summary) -> str:
         stages = iteration["stages"]
         baseline = baseline or (stages.get("evaluate-untrained") or {}).get("reference_loss")
         parts += [f"## Iteration {iteration['iteration']}", ""]
-        parts += _table(("what", "result"), _results(stages))
+        parts += _table(("what", "result"), _results(stages, summary["method"]))
         students = _students(stages, baseline)
         if students:
             parts += ["", "Held-out reference loss of the student, in nats a token:", ""]
@@ -45,11 +47,13 @@ def render(summary: Summary) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _results(stages: dict[str, Any]) -> list[tuple[str, str]]:
+def _results(stages: dict[str, Any], method: str) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
 
     def add(name: str, label: str, text: Any) -> None:
         result = stages.get(name)
+        if name not in stages and method != "montessori":
+            return  # not a stage of that method
         rows.append((label, "not done yet" if result is None else text(result)))
 
     add(
@@ -114,9 +118,9 @@ def _students(stages: dict[str, Any], baseline: dict[str, Any] | None) -> list[t
     rows: list[tuple[str, ...]] = []
     for name, label in STUDENTS.items():
         result = stages.get(f"evaluate-{name}")
-        if result is None:
+        loss = (result or {}).get("reference_loss")
+        if loss is None:
             continue
-        loss = result["reference_loss"]
         trained = stages.get(f"train-{name}") or {}
         change = f"{loss['loss'] - baseline['loss']:+.4f}" if baseline and trained else ""
         rows.append(

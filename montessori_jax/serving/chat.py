@@ -23,8 +23,8 @@ class ChatGenerator:
     Such servers have a tokenizer of their own and write whole turns: prompts must have messages and
     no prefill. Stop strings are looked for in the finished text, since these servers do not say
     whether one or the end of the turn ended it. Extensions that are at their neutral value are not
-    sent, so that servers without them take the request. Seeds are sent; most servers only try to
-    follow them.
+    sent, so that servers without them take the request. Seeds are sent (``seeds``); most servers
+    only try to follow them.
 
     Attributes:
         settings: address, model, patience.
@@ -96,8 +96,9 @@ class ChatGenerator:
             "top_p": settings.top_p,
             "presence_penalty": settings.presence_penalty,
             "frequency_penalty": settings.frequency_penalty,
-            "seed": (seed + request.row * samples) % 2**31,
         }
+        if self.settings.seeds:
+            body["seed"] = (seed + request.row * samples) % 2**31
         for name, neutral in EXTENSIONS.items():
             if (value := getattr(settings, name)) != neutral:
                 body[name] = value
@@ -121,7 +122,7 @@ class ChatGenerator:
         if len(texts) != samples:  # asking again would be paid again
             raise UserError(
                 f"{self.settings.base_url} gave {len(texts)} texts where {samples} were asked for: "
-                "it does not know 'n'; set generation.samples to 1"
+                "it does not know 'n'; set generation.samples or judging.samples to 1"
             )
         share, rest = divmod(generated, samples)
         made = []

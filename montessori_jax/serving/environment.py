@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from montessori_jax.config import VllmConfig
+from montessori_jax.config import UrlConfig, VllmConfig
 from montessori_jax.errors import UserError
 
 VARIABLE = "MONTESSORI_VLLM_PYTHON"
@@ -76,6 +76,19 @@ def environment_for(settings: VllmConfig) -> Environment:
 def api_key(variable: str) -> str:
     """A key from the environment, or ""."""
     return os.environ.get(variable, "") if variable else ""
+
+
+def key_for(settings: UrlConfig) -> str:
+    """The key of a model behind an address, or "".
+
+    Raises:
+        UserError: the address is known to need one and there is none; of others that cannot be
+            known without asking.
+    """
+    key = api_key(settings.api_key_env)
+    if not key and "api.openai.com" in settings.base_url:
+        raise UserError(f"{settings.base_url} needs a key: set {settings.api_key_env}")
+    return key
 
 
 @lru_cache

@@ -29,6 +29,14 @@ class ServerLost(Exception):
     """The server does not answer any more; what it was asked can be asked again elsewhere."""
 
 
+class Refused(UserError):
+    """The server refuses a request as such, with this HTTP status."""
+
+    def __init__(self, message: str, http_status: int):
+        super().__init__(message)
+        self.http_status = http_status
+
+
 class Garbled(ValueError):
     """An answer that is none: no JSON, a missing field, too few choices."""
 
@@ -71,7 +79,7 @@ async def ask(
     server's ``Retry-After`` asks for.
 
     Raises:
-        UserError: the server refuses the request as such (any other status).
+        Refused: the server refuses the request as such (any other status).
         ServerLost: it was tried ``patience.retries`` times more, in vain.
     """
     for attempt in range(patience.retries + 1):
@@ -82,9 +90,10 @@ async def ask(
                 problem = f"{response.status_code} {error_text(response)}"
                 wait = max(wait, _retry_after(response))
             elif response.is_error:
-                raise UserError(
+                raise Refused(
                     f"{client.base_url} refused the request with {response.status_code}: "
-                    f"{error_text(response)}"
+                    f"{error_text(response)}",
+                    response.status_code,
                 )
             else:
                 return read(response.json())

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from montessori_jax import cluster
 from montessori_jax.config import RunConfig, UrlConfig
 from montessori_jax.devices import local_platform
 from montessori_jax.errors import UserError
 from montessori_jax.generation.teacher import JaxTeachers, Teacher, Teachers
 from montessori_jax.runs import value_hash
 from montessori_jax.serving.chat import ChatGenerator
-from montessori_jax.serving.environment import api_key, environment_for, find_environment
+from montessori_jax.serving.environment import environment_for, find_environment, key_for
 from montessori_jax.serving.vllm_teachers import RunningVllmTeachers, VllmTeachers
 from montessori_jax.stopping import Stop
 
@@ -26,6 +27,8 @@ def choose_back_end(config: RunConfig) -> BackEnd:
         return config.generator
     if config.vllm.url:
         return "vllm"
+    if cluster.count() > 1:
+        return "jax"
     found = find_environment(config.vllm)
     if found is None or found.platform == "cpu" or local_platform() == "cpu":
         return "jax"
@@ -66,15 +69,16 @@ def open_teachers(
             "vllm, or generation.structured: false"
         )
     if back_end == "jax":
-        return JaxTeachers(config.generation, config.responses)
+        return JaxTeachers(config.generation, config.responses, config.mesh)
     if back_end == "url":
         return UrlTeachers(config.url)
     if config.vllm.url:
         return RunningVllmTeachers(config.vllm, say=say, stop=stop)
+    tuning = config.bootstrap if config.optimise == "bootstrap" else config.dpo
     return VllmTeachers(
         config.vllm,
         logs,
-        lora_rank=config.dpo.lora_rank,
+        lora_rank=tuning.lora_rank,
         shared=shares_accelerator(config, back_end),
         jax_fraction=config.jax_memory_fraction,
         say=say,
@@ -89,14 +93,10 @@ class UrlTeachers:
     settings: UrlConfig
 
     def teacher(self, source: str) -> Teacher:
-        key = api_key(self.settings.api_key_env)
-        if not key and "api.openai.com" in self.settings.base_url:
-            raise UserError(
-                f"{self.settings.base_url} needs a key: set {self.settings.api_key_env}"
-            )
+        key = key_for(self.settings)
         asked = [self.settings.base_url, self.settings.model]
         return Teacher(
-            name=f"{self.settings.model} at {self.settings.base_url}",
+            name=self.settings.model,
             fingerprint=value_hash(asked),
             generator=ChatGenerator(self.settings, key),
             back_end="url",
@@ -109,7 +109,8 @@ class UrlTeachers:
         )
 
     def check(self, source: str) -> None:
-        """There is nothing to check without asking."""
+        """Refuse an address that needs a key and has none; more cannot be known without asking."""
+        key_for(self.settings)
 
     def release(self) -> None:
         """Nothing here uses the accelerator."""

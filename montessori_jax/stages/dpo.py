@@ -1,19 +1,23 @@
 """Stage: DPO of the teacher on preference pairs; writes ``teacher/`` and ``metrics.jsonl``.
 
 With LoRA ``teacher/`` is merged, and ``adapter/`` beside it is the adapter in peft's layout.
+Teachers kept on the way are in ``teachers/step-N``, alike.
 """
 
 import json
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from montessori_jax.config import DpoConfig, as_dict
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.tables import Table, read_table
+from montessori_jax.device_memory import fits_in_memory
 from montessori_jax.errors import UserError
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.models.sources import model_fingerprint
-from montessori_jax.runs import remove_tree
 from montessori_jax.serving.probe import write_probe
 from montessori_jax.stages.probe import greedy_texts, probe_texts
 from montessori_jax.stages.trained import export, step_flops, to_train
@@ -21,7 +25,8 @@ from montessori_jax.training.checkpoints import Checkpoints
 from montessori_jax.training.dpo import evaluate_dpo, train_dpo
 from montessori_jax.training.pairs import EncodedPair, fit_pair
 from montessori_jax.training.reference_log_probs import pair_log_probs, reference_log_probs
-from montessori_jax.work import CHECKPOINTS, Work
+from montessori_jax.training.state import TrainState
+from montessori_jax.work import PROFILED_STEPS, Work
 
 
 def encode_pairs(
@@ -37,7 +42,7 @@ def encode_pairs(
     skipped: dict[str, int] = {}
     for number, row in enumerate(rows):
         try:
-            prompt, prefill = _prompt(row["prompt"]), row.get("prefill") or ""
+            prompt, prefill = prompt_of(row["prompt"]), row.get("prefill") or ""
             chosen, rejected = _answer(row["chosen"]), _answer(row["rejected"])
         except (KeyError, TypeError, ValueError) as error:
             cause = f"malformed ({' '.join(str(error).split())[:60]})"
@@ -55,7 +60,22 @@ def encode_pairs(
     return pairs, skipped
 
 
-def _prompt(value: Any) -> Any:
+def _encode_all(
+    sources: Sequence[str], chat: ChatFormat
+) -> tuple[list[EncodedPair], dict[str, int]]:
+    """The pairs of all sources, and skipped rows by cause."""
+    pairs: list[EncodedPair] = []
+    skipped: Counter[str] = Counter()
+    for source in sources:
+        rows = read_table(source, ("prompt", "chosen", "rejected"))
+        some, causes = encode_pairs(rows, chat, source)
+        pairs += some
+        skipped.update(causes)
+    return pairs, dict(skipped)
+
+
+def prompt_of(value: Any) -> Any:
+    """A prompt as chat messages or as text: as given, or from JSON. ValueError where neither."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -80,7 +100,7 @@ def _answer(value: Any) -> str:
 
 def dpo(
     teacher: LoadedModel,
-    pairs: str,
+    pairs: str | Sequence[str],
     settings: DpoConfig,
     work: Work,
     *,
@@ -91,24 +111,24 @@ def dpo(
 
     Args:
         teacher: policy and reference alike.
-        pairs: a table of pairs, or the preferences stage's folder.
+        pairs: a table of pairs, or the preferences stage's folder; or several.
         settings: loss, optimizer and numerics.
         work: where to write.
-        heldout: pairs to measure on; by default the folder's ``heldout``, if any.
+        heldout: pairs to measure on; by default the folders' ``heldout``, if any.
         probe: leave ``probe.json``, by which a server of the tuned teacher can be checked.
     """
-    folder = Path(pairs)
-    if folder.is_dir():
-        if heldout is None and (folder / "heldout").is_dir():
-            heldout = str(folder / "heldout")
-        pairs = str(folder / "pairs" if (folder / "pairs").is_dir() else folder)
-    columns = ("prompt", "chosen", "rejected")
+    sources = [pairs] if isinstance(pairs, str) else pairs
+    given = [str(Path(one) / "pairs") if (Path(one) / "pairs").is_dir() else one for one in sources]
+    beside = [str(Path(one) / "heldout") for one in sources if (Path(one) / "heldout").is_dir()]
     chat = ChatFormat.of(teacher)
-    training, skipped = encode_pairs(read_table(pairs, columns), chat, pairs)
-    held = encode_pairs(read_table(heldout, columns), chat, heldout)[0] if heldout else []
+    training, skipped = _encode_all(given, chat)
+    held, _ = _encode_all(beside if heldout is None else [heldout], chat)
     everything = [*training, *held]
     model, parameters = teacher.model, teacher.model.parameter_count()
-    with work.bar(len(everything), "pair", "reference log-probs") as bar:
+    with (
+        _fits("the pass over the pairs before DPO", settings),
+        work.bar(len(everything), "pair", "reference log-probs") as bar,
+    ):
         log_probs = reference_log_probs(
             model,
             teacher.params,
@@ -124,8 +144,9 @@ def dpo(
     # The reference's pass over every pair, the tuned teacher's over the held-out ones.
     passes = sum(pair.length for pair in (*everything, *held))
     work.meter.count(flops=2.0 * parameters * passes)
-    asked = greedy_texts(teacher, training) if probe else []
-    old = pair_log_probs(model, teacher.params, asked, settings)
+    with _fits("the probe of the teacher before DPO", settings):
+        asked = greedy_texts(teacher, training) if probe else []
+        old = pair_log_probs(model, teacher.params, asked, settings)
     # With LoRA the reference is the policy with its adapter left out.
     model, params = to_train(teacher, settings, work.seed)
     metrics = work.metrics()
@@ -135,7 +156,13 @@ def dpo(
         metrics.write(row)
         work.meter.count(trained_tokens=row["tokens"], flops=step_flops(model) * row["tokens"])
 
-    with bar, metrics:
+    def keep(step: int, state: TrainState) -> None:
+        if settings.keep_every and step % settings.keep_every == 0:
+            card = f"# Teacher after {step} steps of DPO\n\nFrom `{teacher.name}`.\n"
+            place = kept_teacher(work.folder, step).parent
+            export(place, "teacher", model, state.params, teacher, card, consume=False)
+
+    with bar, metrics, work.profile(*PROFILED_STEPS) as profile:
         state = train_dpo(
             model,
             params,
@@ -143,11 +170,12 @@ def dpo(
             settings,
             reference=before,
             seed=work.seed,
-            checkpoints=Checkpoints(work.folder / CHECKPOINTS, say=work.say),
+            checkpoints=Checkpoints(work.checkpoints, settings.checkpoints_kept, work.say),
             metrics=record,
-            progress=bar.reach,
+            progress=profile.along(bar.reach),
             say=work.say,
             stop_requested=work.stop.requested,
+            after=keep,
             consume=True,
         )
     result: dict[str, Any] = {
@@ -156,7 +184,8 @@ def dpo(
     }
     if held:
         result["heldout_before"] = evaluate_dpo(held, after, after, settings)
-        policy = pair_log_probs(model, state.params, held, settings)
+        with _fits("the pass over the held-out pairs after DPO", settings):
+            policy = pair_log_probs(model, state.params, held, settings)
         result["heldout_after"] = evaluate_dpo(held, policy, after, settings)
     rows = metrics.read()
     result |= {
@@ -166,23 +195,45 @@ def dpo(
         "last_margin": rows[-1]["reward_margin"],
         "kl": rows[-1]["kl"],
     }
-    new = pair_log_probs(model, state.params, asked, settings)
+    with _fits("the probe of the tuned teacher", settings):
+        new = pair_log_probs(model, state.params, asked, settings)
     card = _card(teacher, settings, result)
     export(work.folder, "teacher", model, state.params, teacher, card)
     if asked:
         tuned = model_fingerprint(str(work.folder / "teacher"))
         write_probe(work.folder, tuned, teacher.fingerprint, probe_texts(asked, old, new))
-    remove_tree(work.folder / CHECKPOINTS)
+    work.remove_checkpoints()
     return result
+
+
+def _fits(what: str, settings: DpoConfig) -> AbstractContextManager[None]:
+    """`fits_in_memory`, for what DPO does beside its steps."""
+    narrow = "" if settings.dtype == "bfloat16" else ", or set dpo.dtype to bfloat16"
+    return fits_in_memory(
+        what,
+        f"lower dpo.micro_batch (now {settings.micro_batch}) or dpo.max_length (now "
+        f"{settings.max_length}){narrow}",
+    )
+
+
+def kept_teacher(folder: Path, step: int) -> Path:
+    """Where the teacher of ``step`` is that ``keep_every`` keeps."""
+    return folder / "teachers" / f"step-{step}" / "teacher"
+
+
+def kept_teachers(folder: Path) -> dict[int, str]:
+    """The teachers that ``keep_every`` kept in a stage's folder, by their steps."""
+    found = (folder / "teachers").glob("step-*")
+    steps = sorted(int(place.name.removeprefix("step-")) for place in found)
+    return {step: str(kept_teacher(folder, step)) for step in steps}
 
 
 def _card(teacher: LoadedModel, settings: DpoConfig, result: dict[str, Any]) -> str:
     lines = [
-        "# Teacher tuned by DPO on local data influence",
+        "# Teacher tuned by DPO",
         "",
         f"From `{teacher.name}` by direct preference optimisation on {result['pairs']} pairs of "
-        "its own instructions, those that helped a student more chosen over those that helped it "
-        f"less, in {result['steps']} optimizer steps, with montessori_jax.",
+        f"its own texts, in {result['steps']} optimizer steps, with montessori_jax.",
         "",
         f"DPO loss: {result['first_loss']:.4f} at the first step, {result['last_loss']:.4f} at the "
         f"last; KL to the untuned teacher {result['kl']:.4f} nats a response token.",

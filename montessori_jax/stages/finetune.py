@@ -4,7 +4,10 @@
 and optimizer state, where influence starts). Both write ``metrics.jsonl`` and resume by step.
 """
 
+from collections.abc import Callable
 from typing import Any
+
+from etils import epath
 
 from montessori_jax.config import OptimizerConfig, SftConfig, WarmupConfig, as_dict
 from montessori_jax.config_file import build
@@ -13,58 +16,101 @@ from montessori_jax.data.encode import EncodedRows, encode_rows
 from montessori_jax.data.rows import read_rows
 from montessori_jax.models import Model
 from montessori_jax.models.loaded import LoadedModel
-from montessori_jax.runs import remove_tree
 from montessori_jax.stages.trained import export, lora_notes, step_flops, to_train
+from montessori_jax.training import places
 from montessori_jax.training.checkpoints import Checkpoints, Student, save_student
+from montessori_jax.training.loop import nothing
+from montessori_jax.training.places import Place
 from montessori_jax.training.schedules import rate_table
 from montessori_jax.training.sft import train_sft
 from montessori_jax.training.state import TrainState
-from montessori_jax.work import CHECKPOINTS, Work
+from montessori_jax.work import PROFILED_STEPS, STATE, STATES, Work
 
 
-def finetune(student: LoadedModel, data: str, settings: SftConfig, work: Work) -> dict[str, Any]:
+def finetune(
+    student: LoadedModel, data: str, settings: SftConfig, work: Work, *, states: int = 0
+) -> dict[str, Any]:
     """Train a fresh student on the first ``settings.rows`` usable rows and export it.
 
     With LoRA ``student/`` is merged, and ``adapter/`` beside it is the adapter in peft's layout.
+    ``states`` are the steps between states kept along the way (`kept_state`), each a student that
+    influence can be measured on; 0 keeps none.
     """
-    model, state, result = _train(student, data, settings, work)
+
+    def keep(step: int, model: Model, state: TrainState) -> None:
+        if states and step % states == 0:
+            # At one rate all along, or influence would shrink with the schedule's.
+            rate = settings.learning_rate
+            _save(kept_state(work.states, step), student, model, state, settings, rate)
+
+    encoded = _encoded(student, data, settings)
+    model, state, result = train(student, encoded, settings, work, keep)
     card = _card(student, data, settings, result)
     export(work.folder, "student", model, state.params, student, card)
-    remove_tree(work.folder / CHECKPOINTS)
+    work.remove_checkpoints()
     return result
 
 
 def warm_up(student: LoadedModel, data: str, settings: WarmupConfig, work: Work) -> dict[str, Any]:
     """Train a student and keep its optimizer state: the point that influence is measured from."""
-    model, state, result = _train(student, data, settings, work)
-    own = {name: value for name, value in as_dict(settings).items() if name in OPTIMIZER_FIELDS}
+    model, state, result = train(student, _encoded(student, data, settings), settings, work)
     rate = float(rate_table(settings, int(state.step))[-1])
-    save_student(
-        work.folder / "state",
-        Student(
-            state=state,
-            settings=build(OptimizerConfig, own, "warm-up"),
-            learning_rate=rate,
-            about={
-                "model": student.name,
-                "fingerprint": student.fingerprint,
-                **lora_notes(model, settings),
-            },
-        ),
-    )
-    remove_tree(work.folder / CHECKPOINTS)
+    _save(work.states / STATE, student, model, state, settings, rate)
+    work.remove_checkpoints()
     return {**result, "learning_rate": rate}
 
 
 OPTIMIZER_FIELDS = frozenset(as_dict(OptimizerConfig()))
 
 
-def _train(
-    student: LoadedModel, data: str, settings: SftConfig, work: Work
-) -> tuple[Model, TrainState, dict[str, Any]]:
-    model, params = to_train(student, settings, work.seed)
+def kept_state(states: Place, step: int) -> epath.Path:
+    """Where the student of ``step`` is that `finetune` kept, below a stage's folder of states."""
+    return epath.Path(states) / STATES / f"step-{step}"
+
+
+def kept_states(states: Place) -> dict[int, str]:
+    """The students that `finetune` kept below a stage's folder of states, by their steps."""
+    found = places.names(kept_state(states, 0).parent)
+    steps = sorted(int(name.removeprefix("step-")) for name in found)
+    return {step: str(kept_state(states, step)) for step in steps}
+
+
+def _save(
+    folder: Place,
+    student: LoadedModel,
+    model: Model,
+    state: TrainState,
+    settings: SftConfig,
+    rate: float,
+) -> None:
+    """Keep a student that influence can be measured on by probe steps of ``rate``."""
+    own = {name: value for name, value in as_dict(settings).items() if name in OPTIMIZER_FIELDS}
+    about = {
+        "model": student.name,
+        "fingerprint": student.fingerprint,
+        **lora_notes(model, settings),
+    }
+    save_student(folder, Student(state, build(OptimizerConfig, own, "training"), rate, about))
+
+
+def _encoded(student: LoadedModel, data: str, settings: SftConfig) -> EncodedRows:
     chat = ChatFormat.of(student)
-    encoded = encode_rows(read_rows(data), chat, settings.max_length, limit=settings.rows)
+    return encode_rows(read_rows(data), chat, settings.max_length, limit=settings.rows)
+
+
+def train(
+    student: LoadedModel,
+    encoded: EncodedRows,
+    settings: SftConfig,
+    work: Work,
+    keep: Callable[[int, Model, TrainState], None] = nothing,
+) -> tuple[Model, TrainState, dict[str, Any]]:
+    """Fine-tune on encoded rows: what is trained, its state, and counts and losses.
+
+    Resumes step by step; the model's own parameters are used up. ``keep`` is given the steps done,
+    what is trained and its state after each step.
+    """
+    model, params = to_train(student, settings, work.seed)
     metrics = work.metrics()
     bar = work.bar(0, "step", "training")
 
@@ -75,7 +121,7 @@ def _train(
             flops=step_flops(model) * row["tokens"],
         )
 
-    with bar, metrics:
+    with bar, metrics, work.profile(*PROFILED_STEPS) as profile:
         state = train_sft(
             model,
             params,
@@ -83,11 +129,12 @@ def _train(
             settings,
             seed=work.seed,
             fingerprint=student.fingerprint,
-            checkpoints=Checkpoints(work.folder / CHECKPOINTS, say=work.say),
+            checkpoints=Checkpoints(work.checkpoints, settings.checkpoints_kept, work.say),
             metrics=record,
-            progress=bar.reach,
+            progress=profile.along(bar.reach),
             say=work.say,
             stop_requested=work.stop.requested,
+            after=lambda step, state: keep(step, model, state),
             consume=True,
         )
     rows = metrics.read()

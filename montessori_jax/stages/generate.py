@@ -4,25 +4,17 @@ Writes ``data.parquet`` with its card, ``prompts.jsonl`` (what the teacher was a
 ``dropped.jsonl`` (what was not kept, and why). Resumes prompt by prompt.
 """
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
-from montessori_jax.config import (
-    GenerationConfig,
-    Price,
-    ResponseConfig,
-    SamplingConfig,
-    as_dict,
-)
-from montessori_jax.data.chat import ChatFormat
+from montessori_jax.config import GenerationConfig, ResponseConfig, as_dict
 from montessori_jax.data.rows import read_rows
 from montessori_jax.data.writing import DatasetCard, write_dataset_card, write_jsonl
 from montessori_jax.errors import UserError
 from montessori_jax.generation.collapse import check_yield
 from montessori_jax.generation.filters import FilterReport, FilterSettings, InstructionFilter
-from montessori_jax.generation.generator import PromptRequest
 from montessori_jax.generation.parsing import parse_instruction
 from montessori_jax.generation.prompts import (
     Prompt,
@@ -33,8 +25,9 @@ from montessori_jax.generation.prompts import (
 )
 from montessori_jax.generation.responses import finished_part
 from montessori_jax.generation.teacher import Teacher
-from montessori_jax.runs import Journal, value_hash
+from montessori_jax.runs import SharedJournal, value_hash
 from montessori_jax.seeding import derive_seed
+from montessori_jax.stages.sample import as_request, sample
 from montessori_jax.work import Work
 
 COLUMNS = {
@@ -64,81 +57,8 @@ class Asked:
         return {"prompt_id": self.id, "prompt": asked, "prefill": prompt.prefill}
 
 
-def encode_prompt(chat: ChatFormat, prompt: Prompt) -> tuple[int, ...]:
-    """Token ids of a request, the prefill included."""
-    if prompt.messages is None:
-        assert prompt.text is not None
-        return tuple(chat.encode_text(prompt.text + prompt.prefill))
-    return tuple(chat.encode_prompt(prompt.messages, prefill=prompt.prefill))
-
-
-def as_request(
-    teacher: Teacher, name: str, prompt: Prompt, row: int, *, structured: bool = False
-) -> PromptRequest:
-    """A prompt as the teacher's generator takes it: ids, or messages where it makes its own."""
-    pattern = prompt.pattern if structured else ""
-    if teacher.chat is not None:
-        return PromptRequest(name, encode_prompt(teacher.chat, prompt), row, pattern=pattern)
-    # A prefill cannot be said in messages; without any, the back-end refuses the request.
-    messages = () if prompt.prefill else tuple(prompt.messages or ())
-    return PromptRequest(name, (), row, messages, pattern)
-
-
-def sample(
-    teacher: Teacher,
-    requests: Sequence[PromptRequest],
-    settings: SamplingConfig,
-    journal: Journal,
-    work: Work,
-    *,
-    samples: int,
-    stop: tuple[str, ...],
-    seed: int,
-    label: str,
-    total: int,
-) -> dict[str, list[dict[str, Any]]]:
-    """Completions by prompt id, journalled prompt by prompt; finished ones are not asked again."""
-    finished = [one for record in journal.records for one in record["completions"]]
-    done = {one["prompt_id"] for one in finished}
-    batches = teacher.generator.generate(
-        requests, settings, samples=samples, stop=stop, seed=seed, finished=done
-    )
-    price = teacher.price or Price()
-    bar = work.bar(total, "text", label, done=len(finished))
-    with bar, contextlib.closing(batches):
-        for batch in batches:
-            # A batch is one line: a kill leaves all of it or nothing.
-            made = [
-                {
-                    "prompt_id": one.prompt_id,
-                    "index": one.index,
-                    # A stop string belongs to the answer that it ended.
-                    "text": one.text + one.stop,
-                    "finish": one.finish,
-                    "tokens": one.generated_tokens,
-                }
-                for one in batch
-            ]
-            journal.append({"completions": made})
-            finished += made
-            prompted = sum(one.prompt_tokens for one in batch)
-            generated = sum(one.generated_tokens for one in batch)
-            work.meter.count(
-                flops=2.0 * teacher.parameters * (prompted + generated),
-                dollars=(price.prompt * prompted + price.generated * generated) / 1e6,
-                prompt_tokens=prompted,
-                generated_tokens=generated,
-            )
-            bar.update(len(batch))
-            work.stop.check()
-    asked = {request.id for request in requests}
-    texts: dict[str, list[dict[str, Any]]] = {request.id: [] for request in requests}
-    for one in finished:
-        if one["prompt_id"] in asked:
-            texts[one["prompt_id"]].append(one)
-    for records in texts.values():
-        records.sort(key=lambda record: record["index"])
-    return texts
+Question = Callable[[int, Sequence[str]], Prompt]
+"""A prompt's number, and the instructions kept from earlier rounds -> the prompt."""
 
 
 def generate(
@@ -164,7 +84,50 @@ def generate(
     pool = [
         task_text(r.instruction, r.input) for r in read_rows(seeds, need_response=False).require()
     ]
-    pool = _short_enough(pool, teacher, settings, work)
+    exemplars = settings.seed_exemplars + settings.generated_exemplars
+    pool = short_enough(pool, teacher, settings, work, exemplars=exemplars)
+
+    def question(index: int, earlier: Sequence[str]) -> Prompt:
+        chosen = choose_exemplars(
+            pool,
+            earlier,
+            seed=derive_seed(work.seed, "exemplars"),
+            prompt_index=index,
+            num_seed=settings.seed_exemplars,
+            num_generated=settings.generated_exemplars,
+        )
+        return build_instruction_prompt(settings.style, chosen)
+
+    return write_data(
+        teacher, pool, question, settings, responses, work, prompts=prompts, of="seed exemplars"
+    )
+
+
+def write_data(
+    teacher: Teacher,
+    pool: Sequence[str],
+    question: Question,
+    settings: GenerationConfig,
+    responses: ResponseConfig,
+    work: Work,
+    *,
+    prompts: int,
+    of: str,
+    about: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """What `generate` writes, from the prompts that ``question`` makes.
+
+    Args:
+        teacher: writes.
+        pool: instructions that none may be nearly the same as.
+        question: makes the prompts; it must depend on its arguments and ``work.seed`` alone.
+        settings: how instructions are drawn and filtered.
+        responses: how responses are drawn.
+        work: where to write.
+        prompts: how many there are.
+        of: what the prompts are made of, for the card.
+        about: what else ``question`` depends on: a journal with another one is refused.
+    """
     dtypes = {
         "instructions": teacher.computes_in(settings.dtype),
         "responses": teacher.computes_in(responses.dtype),
@@ -182,8 +145,9 @@ def generate(
         "seed": work.seed,
         "settings": as_dict(settings),
         "dtypes": dtypes,
+        **about,
     }
-    journal = Journal(work.file("instructions.jsonl"), key)
+    journal = SharedJournal(work.journals / "instructions.jsonl", key)
     filters = InstructionFilter(FilterSettings.of(settings.filters), pool)
     report, dropped = FilterReport(), []
     kept: list[dict[str, Any]] = []
@@ -191,23 +155,7 @@ def generate(
     for first in range(0, prompts, settings.round_prompts):
         last = min(first + settings.round_prompts, prompts)
         earlier = [row["instruction"] for row in kept]
-        questions = [
-            Asked(
-                index,
-                build_instruction_prompt(
-                    settings.style,
-                    choose_exemplars(
-                        pool,
-                        earlier,
-                        seed=derive_seed(work.seed, "exemplars"),
-                        prompt_index=index,
-                        num_seed=settings.seed_exemplars,
-                        num_generated=settings.generated_exemplars,
-                    ),
-                ),
-            )
-            for index in range(first, last)
-        ]
+        questions = [Asked(index, question(index, earlier)) for index in range(first, last)]
         asked += questions
         requests = [
             as_request(teacher, q.id, q.prompt, q.index, structured=settings.structured)
@@ -225,24 +173,24 @@ def generate(
             label="instructions",
             total=prompts * settings.samples,
         )
-        for question in questions:
-            for record in texts[question.id]:
+        for one in questions:
+            for record in texts[one.id]:
                 parsed = parse_instruction(
                     record["text"],
                     style=settings.style,
-                    prefill=question.prompt.prefill,
+                    prefill=one.prompt.prefill,
                     finish=record["finish"],
                 )
                 verdict = filters.offer(parsed)
                 report.record(verdict)
-                name = f"{question.id}-{record['index']}"
+                name = f"{one.id}-{record['index']}"
                 if verdict.cause is not None:
                     dropped.append({"id": name, **asdict(verdict)})
                     continue
                 kept.append(
                     {
                         "id": name,
-                        "prompt_id": question.id,
+                        "prompt_id": one.id,
                         "instruction": verdict.text,
                         "raw": record["text"],
                     }
@@ -258,7 +206,7 @@ def generate(
     if not kept:
         raise UserError(f"no instruction was kept of {report.attempts}: {report.to_dict()}")
     rows, unanswered = _respond(teacher, kept, responses, key, work)
-    write_jsonl(work.file("prompts.jsonl"), [question.as_row() for question in asked])
+    write_jsonl(work.file("prompts.jsonl"), [one.as_row() for one in asked])
     write_jsonl(work.file("dropped.jsonl"), [*dropped, *unanswered])
     result = {
         "prompts": prompts,
@@ -273,8 +221,8 @@ def generate(
     }
     card = DatasetCard(
         title="Synthetic instruction data",
-        description="Instructions and responses written by a teacher model from seed exemplars, "
-        "for a student model to learn from or to be probed with.",
+        description=f"Instructions and responses written by a teacher model from {of}, for a "
+        "student model to learn from or to be probed with.",
         columns=COLUMNS,
         made=(
             f"asked the teacher {prompts} times for {settings.samples} instructions "
@@ -291,18 +239,20 @@ def generate(
     return result
 
 
-def _short_enough(
+def short_enough(
     pool: list[str],
     teacher: Teacher,
     settings: GenerationConfig,
     work: Work,
+    *,
+    exemplars: int,
 ) -> list[str]:
     """Seeds of which a prompt full still leaves room for the answer; the others are reported."""
     chat = teacher.chat
     if chat is None or teacher.positions is None:
         return pool  # that server counts for itself, and has more room than prompts need
     room = teacher.positions - settings.max_tokens
-    share = room // (settings.seed_exemplars + settings.generated_exemplars + 2)
+    share = room // (exemplars + 2)
     short = [text for text in pool if len(chat.encode_text(text)) <= share]
     if len(short) < len(pool):
         work.say(f"{len(pool) - len(short)} seeds of over {share} tokens are left out as exemplars")
@@ -317,7 +267,8 @@ def _respond(
     work: Work,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows with a response, and the rows whose response was empty, with the cause."""
-    journal = Journal(work.file("responses.jsonl"), {**key, "responses": as_dict(settings)})
+    own = {**key, "responses": as_dict(settings)}
+    journal = SharedJournal(work.journals / "responses.jsonl", own)
     requests = [
         as_request(
             teacher,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from montessori_jax.config import InfluenceConfig, as_dict
 from montessori_jax.data.chat import ChatFormat
@@ -23,10 +24,11 @@ from montessori_jax.data.writing import (
     write_jsonl,
     write_parquet,
 )
+from montessori_jax.device_memory import fits_in_memory
 from montessori_jax.errors import UserError
 from montessori_jax.influence import Choice, Score, choose_estimator, score_candidates
 from montessori_jax.influence.costs import Cost, costs
-from montessori_jax.influence.scoring import label, resolved, with_method
+from montessori_jax.influence.regime import label, resolved, with_method
 from montessori_jax.programs import counted_programs
 from montessori_jax.runs import FREE_LEAVES, Journal, value_hash
 from montessori_jax.stages.student import ProbeStudent, open_student
@@ -57,7 +59,9 @@ def influence(
     work: Work,
     *,
     num_reference: int | None = None,
+    num_candidates: int | None = None,
     out: Path | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Score ``candidates`` on ``student`` against the first ``num_reference`` reference rows.
 
@@ -71,8 +75,10 @@ def influence(
         settings: method, probe step and numerics.
         work: where to write.
         num_reference: how many of the reference rows are used, the first ones; all by default.
+        num_candidates: likewise of the candidates.
         out: the scores' file; by default the data set ``scores.parquet`` with a card in the
             stage's folder.
+        mesh: devices that candidates are split over.
 
     Returns:
         Counts, the share of positive scores, the shared step's part and the audit.
@@ -80,7 +86,7 @@ def influence(
     Raises:
         UserError: an input is missing or has no usable row, or the reference loss is not finite.
     """
-    probe = open_student(student, settings)
+    probe = open_student(student, settings, mesh)
     if not probe.warm and settings.optimizer == "adamw":
         work.say(
             f"warning: {student} has a fresh AdamW state: its first step moves every weight by the "
@@ -95,7 +101,7 @@ def influence(
             work.say(f"warning: {warning}")
         references[name] = encode_rows(known, chat, settings.max_length, limit=num_reference)
     chunks, longest = work.file("chunks.jsonl"), settings.max_length
-    encoded = encode_to_disk(candidates, chat, chunks.parent)
+    encoded = encode_to_disk(candidates, chat, chunks.parent, limit=num_candidates)
     rows, chats = encoded.rows, encoded.chats
     key = {
         "student": probe.fingerprint,
@@ -108,7 +114,11 @@ def influence(
         "seed": work.seed,
     }
     journal = Journal(chunks, key)
-    with counted_programs() as programs:
+    advice = (
+        f"lower influence.block (now {settings.block}), rows_per_pass (now "
+        f"{settings.rows_per_pass}) or max_length (now {settings.max_length})"
+    )
+    with counted_programs() as programs, fits_in_memory("influence", advice):
         choice, audits = _choose(probe, rows, chats, references, settings, journal, work)
         settings = with_method(settings, choice.method)
         scores = _score(probe, rows, chats, references, settings, choice, journal, work)
@@ -214,7 +224,11 @@ def _score(
     if not finished:
         work.meter.count(flops=cost(float(lengths.sum()) / max(len(chats), 1)).once)
     done = sum(len(record["scores"]) for record in finished)
-    with work.bar(len(rows), "candidate", settings.method, done=done) as bar:
+    with (
+        work.bar(len(rows), "candidate", settings.method, done=done) as bar,
+        work.profile(2, 2) as profile,
+    ):
+        profile.begin(-(-len(chats) // settings.chunk) - len(finished))
 
         def on_chunk(number: int, scores: Sequence[Score]) -> None:
             journal.append({"chunk": number, "scores": [score.as_row() for score in scores]})
@@ -223,7 +237,8 @@ def _score(
             flops = gradient * probed + beside * len(scores)
             work.meter.count(probed_tokens=probed, flops=flops)
             bar.update(len(scores))
-            work.stop.check()
+            profile.passed()
+            work.check_stop()
 
         score_candidates(
             *probe.probed,

@@ -55,6 +55,7 @@ def plan_steps(
     *,
     share_rows: bool,
     worth: int = WORTH_COMPILING,
+    ways: int = 1,
 ) -> list[StepPlan]:
     """Lay every step's samples out in rows and micro-batches, in as few shapes as is cheap.
 
@@ -62,9 +63,11 @@ def plan_steps(
         steps: sample indices of each step.
         lengths: tokens of each sample.
         targets: tokens of each sample that the loss falls on.
-        micro_batch: rows on the device at one time, at most.
+        micro_batch: rows on a device at one time, at most.
         share_rows: several samples may share a row; otherwise each has its own.
         worth: see `shared_buckets`.
+        ways: into how many parts devices split a micro-batch's rows (`montessori_jax.mesh`); it
+            divides the rows of each.
 
     Returns:
         A plan a step. Those of one row length have one shape; micro-batches that a step does not
@@ -82,7 +85,7 @@ def plan_steps(
     for size in set(wanted):
         mine = [layout for layout, length in zip(layouts, wanted, strict=True) if length == size]
         most = max(len(layout) for layout in mine)
-        rows = min(micro_batch, most)
+        rows = min(micro_batch, -(-most // ways)) * ways
         slots = max(sum(targets[i] for i in row) for layout in mine for row in layout)
         shapes[size] = Shape(-(-most // rows), rows, size, min(size, bucket(slots)))
     plans = []

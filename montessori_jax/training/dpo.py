@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from montessori_jax.config import DpoConfig
 from montessori_jax.errors import UserError
+from montessori_jax.mesh import mesh_of, row_ways
 from montessori_jax.models import Model, Params
 from montessori_jax.training.batches import Shape, plan_steps, stack, step_samples
 from montessori_jax.training.checkpoints import Checkpoints
@@ -22,7 +23,7 @@ from montessori_jax.training.preference_losses import (
     reference_divergence,
 )
 from montessori_jax.training.schedules import rate_table
-from montessori_jax.training.state import TrainState, start
+from montessori_jax.training.state import TrainState, start, state_shardings
 from montessori_jax.training.steps import dpo_step
 
 
@@ -39,6 +40,7 @@ def train_dpo(
     progress: Callable[[int, int], None] = nothing,
     say: Callable[[str], None] = nothing,
     stop_requested: Callable[[], bool] = lambda: False,
+    after: Callable[[int, TrainState], None] = nothing,
     consume: bool = False,
 ) -> TrainState:
     """Train the policy on ``pairs``; every step takes ``batch_size`` of them, a row each.
@@ -58,6 +60,7 @@ def train_dpo(
         progress: given ``(steps done, steps in all)``.
         say: given one-line messages for people.
         stop_requested: asked after every step.
+        after: given the steps done and the state after each; the next step takes its memory.
         consume: free ``params`` once they are copied: the caller does not need them again.
 
     Returns:
@@ -75,10 +78,13 @@ def train_dpo(
         )
     if not kept:
         raise UserError("no preference pair to train on: give more pairs, or raise max_length")
+    mesh = mesh_of((model, params))
     steps = step_samples(seed, len(kept), settings.batch_size, settings.epochs)
     lengths = [pair.length for pair in kept]
     targets = [pair.targets for pair in kept]
-    plans = plan_steps(steps, lengths, targets, settings.micro_batch, share_rows=False)
+    plans = plan_steps(
+        steps, lengths, targets, settings.micro_batch, share_rows=False, ways=row_ways(mesh)
+    )
     tx = make_optimizer(settings, len(steps))
 
     def pack_rows(rows: Sequence[Sequence[int]], shape: Shape) -> PairBatch:
@@ -100,8 +106,10 @@ def train_dpo(
         steps=len(steps),
         identity=identity(["dpo"], seed, settings, [*content, *log_probs], targets),
         settings=settings,
+        mesh=mesh,
+        shardings=state_shardings(params, tx, mesh),
     )
-    around = Surroundings(checkpoints, metrics, progress, say, stop_requested)
+    around = Surroundings(checkpoints, metrics, progress, say, stop_requested, after)
     return run_steps(lambda: start(params, tx), run, around, params if consume else None)
 
 

@@ -1,17 +1,23 @@
 """The loop around a step: programs, metrics, checkpoints, and stopping where asked."""
 
+import contextlib
 import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from montessori_jax import cluster
 from montessori_jax.config import TrainingConfig, as_dict
+from montessori_jax.device_memory import fits_in_memory
 from montessori_jax.errors import Interrupted, UserError
+from montessori_jax.mesh import place_rows, use_mesh
 from montessori_jax.pytrees import as_argument
 from montessori_jax.runs import value_hash
 from montessori_jax.training.checkpoints import Checkpoints
@@ -19,7 +25,7 @@ from montessori_jax.training.state import TrainState
 from montessori_jax.training.steps import Metrics, Step
 
 # Settings that change how a run is watched and saved, and nothing that it computes.
-UNSEEN = ("checkpoint_every", "log_every")
+UNSEEN = ("checkpoint_every", "checkpoints_kept", "keep_every", "log_every")
 
 
 def nothing(*values: Any) -> None:
@@ -36,6 +42,8 @@ class Surroundings:
         progress: given ``(steps done, steps in all)``, at the start and after every step.
         say: given one-line messages for people.
         stop_requested: asked after every step; if true the state is saved and `Interrupted` raised.
+        after: given the steps done and the state after each, before it is saved; the next step
+            takes the state's memory.
     """
 
     checkpoints: Checkpoints | None = None
@@ -43,6 +51,7 @@ class Surroundings:
     progress: Callable[[int, int], None] = nothing
     say: Callable[[str], None] = nothing
     stop_requested: Callable[[], bool] = lambda: False
+    after: Callable[[int, TrainState], None] = nothing
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ class Run:
         steps: how many there are.
         identity: hash of everything that decides the result; checkpoints are kept apart by it.
         settings: how often to log and to save.
+        mesh: the devices that rows are split over; None: one.
+        shardings: where the state lies on them (`state_shardings`).
     """
 
     step: Step
@@ -67,6 +78,8 @@ class Run:
     steps: int
     identity: str
     settings: TrainingConfig
+    mesh: Mesh | None = None
+    shardings: TrainState | None = None
 
 
 def run_steps(
@@ -81,38 +94,53 @@ def run_steps(
 
     Raises:
         Interrupted: a stop was asked for; the state is saved first, if there are checkpoints.
-        UserError: a loss or gradient is not finite, or a step does not fit in memory.
+        UserError: a loss or gradient is not finite, a step does not fit in memory, or a checkpoint
+            cannot be written.
     """
+    # A save may still be on its way to the disk, however the steps end.
+    with around.checkpoints or contextlib.nullcontext():
+        return _run_steps(begin, run, around, release)
+
+
+def _run_steps(
+    begin: Callable[[], TrainState], run: Run, around: Surroundings, release: Any
+) -> TrainState:
     settings, checkpoints = run.settings, around.checkpoints
     state = None
-    if checkpoints is not None:
-        state = checkpoints.restore(jax.eval_shape(begin), run.identity)
-        if state is not None:
-            around.say(f"going on from step {int(state.step)} of {run.steps}")
-    state = jax.block_until_ready(begin()) if state is None else state
+    with _fits("the state that training starts from", settings):
+        if checkpoints is not None:
+            state = checkpoints.restore(_like(begin, run.shardings), run.identity)
+            if state is not None:
+                around.say(f"going on from step {int(state.step)} of {run.steps}")
+        state = jax.block_until_ready(begin()) if state is None else state
     for leaf in jax.tree.leaves(release):
         if isinstance(leaf, jax.Array):
             leaf.delete()
     step = as_argument(run.step)
-    compiled = jax.jit(_call, donate_argnums=1)
+    compiled = step_program(run.mesh, run.shardings)
+
+    def on_device(index: int) -> Any:
+        """The batch of step ``index``, of which each process uploads its own rows."""
+        return place_rows(run.batch(index), run.mesh, axis=1) if index < run.steps else None
+
     programs: dict[Any, Callable[[Step, TrainState, Any], tuple[TrainState, Metrics]]] = {}
     tokens, seconds = 0, 0.0
     first = int(state.step)
     around.progress(first, run.steps)
-    batch = jax.device_put(run.batch(first)) if first < run.steps else None
+    with _fits("the first batch", settings):
+        batch = on_device(first)
     for index in range(first, run.steps):
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-        try:
+        with _fits(f"step {index + 1} of {run.steps}", settings):
             if shapes not in programs:
-                programs[shapes] = compiled.lower(step, state, batch).compile()
+                with use_mesh(run.mesh):
+                    programs[shapes] = compiled.lower(step, state, batch).compile()
             began = time.perf_counter()
             with jax.transfer_guard("disallow"):
                 state, results = programs[shapes](step, state, batch)
             # The next batch is packed while the device works on this one.
-            batch = jax.device_put(run.batch(index + 1)) if index + 1 < run.steps else None
+            batch = on_device(index + 1)
             results = jax.device_get(results)
-        except jax.errors.JaxRuntimeError as error:
-            raise _out_of_memory(error, index + 1, run) from error
         tokens, seconds = tokens + run.tokens(index), seconds + time.perf_counter() - began
         done = index + 1
         record = _finite(results, done, run, checkpoints)
@@ -130,13 +158,39 @@ def run_steps(
             )
             tokens, seconds = 0, 0.0
         around.progress(done, run.steps)
-        stop = done < run.steps and around.stop_requested()
+        around.after(done, state)
+        stop = done < run.steps and cluster.any_of(around.stop_requested())
         due = done % settings.checkpoint_every == 0 and done < run.steps
         if checkpoints is not None and (stop or due):
             checkpoints.save(state, run.identity)
         if stop:
+            if checkpoints is not None:
+                checkpoints.finish()
             raise Interrupted(f"stopped after step {done} of {run.steps}")
     return state
+
+
+def step_program(mesh: Mesh | None, shardings: TrainState | None) -> Any:
+    """Any `Step` as a jitted ``(step, state, batch)``, which is donated its state.
+
+    Args:
+        mesh: the devices; None: one.
+        shardings: where the state lies on them, before and after.
+    """
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.jit(_call, donate_argnums=1, out_shardings=(shardings, everywhere))
+
+
+def _like(begin: Callable[[], TrainState], shardings: TrainState | None) -> TrainState:
+    """The state's shapes, and where they belong."""
+    shapes = jax.eval_shape(begin)
+    if shardings is None:
+        return shapes
+    return jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        shapes,
+        shardings,
+    )
 
 
 def _call(step: Step, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -158,14 +212,12 @@ def _finite(
     return record
 
 
-def _out_of_memory(error: jax.errors.JaxRuntimeError, done: int, run: Run) -> Exception:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        return error
-    settings = run.settings
-    return UserError(
-        f"step {done} of {run.steps} does not fit in memory: lower micro_batch (now "
-        f"{settings.micro_batch}) or max_length (now {settings.max_length}), or set remat to full "
-        f"(now {settings.remat})"
+def _fits(what: str, settings: TrainingConfig) -> AbstractContextManager[None]:
+    return fits_in_memory(
+        what,
+        f"lower micro_batch (now {settings.micro_batch}) or max_length (now "
+        f"{settings.max_length}), set remat to full (now {settings.remat}), train an adapter "
+        f"(lora_rank, now {settings.lora_rank})",
     )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from montessori_jax.data.packing import Batch
+from montessori_jax.mesh import row_groups
 from montessori_jax.models import Model, Params
 from montessori_jax.models.attention import soft_capped, wide
 
@@ -21,6 +22,7 @@ def cross_entropy(
     *,
     soft_cap: float | None = None,
     chunk: int = CHUNK,
+    groups: int = 1,
 ) -> Float[Array, " tokens"]:
     """Negative log-likelihood of each target in nats, never ``[tokens, vocab]`` at once.
 
@@ -33,16 +35,21 @@ def cross_entropy(
         head: output projection; its gradient has its own dtype, float32 for master weights.
         targets: token ids below ``vocab``.
         soft_cap: of the logits, see `soft_capped`; None for families without one.
-        chunk: tokens whose logits exist at one time.
+        chunk: tokens of a group whose logits exist at one time.
+        groups: into how many equal runs the mesh splits ``tokens``; each device goes through its
+            own.
 
     Returns:
         float32; float64 where ``hidden`` is.
     """
     tokens, width = hidden.shape
-    chunk = min(chunk, tokens)
-    padding = -tokens % chunk
-    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, width)
-    padded = jnp.pad(targets, (0, padding)).reshape(-1, chunk)
+    each = tokens // groups
+    chunk = min(chunk, each)
+    padding = ((0, 0), (0, -each % chunk))
+    hidden = jnp.pad(hidden.reshape(groups, each, width), (*padding, (0, 0)))
+    hidden = hidden.reshape(groups, -1, chunk, width).swapaxes(0, 1)
+    padded = jnp.pad(targets.reshape(groups, each), padding)
+    padded = padded.reshape(groups, -1, chunk).swapaxes(0, 1)
 
     @jax.checkpoint
     def one(inputs: tuple[Array, Array]) -> Array:
@@ -51,10 +58,48 @@ def cross_entropy(
         kernel = head.astype(states.dtype)
         logits = jnp.dot(states, kernel, preferred_element_type=wide(states.dtype))
         logits = soft_capped(logits, soft_cap)
-        picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - picked
+        return jax.nn.logsumexp(logits, axis=-1) - picked(logits, labels)
 
-    return jax.lax.map(one, (hidden, padded)).reshape(-1)[:tokens]
+    losses = jax.lax.map(one, (hidden, padded)).swapaxes(0, 1)
+    return losses.reshape(groups, -1)[:, :each].reshape(tokens)
+
+
+def picked(
+    logits: Float[Array, "*shape vocab"], labels: Int[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Each label's logit.
+
+    On a mesh, which may split the vocabulary, as a sum with zeros elsewhere, to the same bits:
+    every device sums its part. As a gather there libtpu 0.0.42.1 ends the process by a failed check
+    of its partitioner.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    places = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
+    return jnp.sum(jnp.where(places == labels[..., None], logits, 0), axis=-1)
+
+
+def target_states(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    *,
+    dtype: jnp.dtype | type,
+    remat: str = "none",
+    attention: str = "xla",
+) -> Float[Array, "rows slots width"]:
+    """The hidden states that a batch's targets are predicted from."""
+    hidden = model.hidden(
+        params,
+        batch.tokens,
+        batch.segment_ids,
+        batch.positions,
+        branches=batch.branches,
+        dtype=dtype,
+        remat=remat,
+        attention=attention,
+    )
+    return jnp.take_along_axis(hidden, batch.target_positions[..., None], axis=1)
 
 
 def token_losses(
@@ -67,22 +112,13 @@ def token_losses(
     attention: str = "xla",
 ) -> Float[Array, "rows slots"]:
     """Negative log-likelihood in nats of each target of a batch; the head sees targets alone."""
-    hidden = model.hidden(
-        params,
-        batch.tokens,
-        batch.segment_ids,
-        batch.positions,
-        branches=batch.branches,
-        dtype=dtype,
-        remat=remat,
-        attention=attention,
-    )
-    states = jnp.take_along_axis(hidden, batch.target_positions[..., None], axis=1)
+    states = target_states(model, params, batch, dtype=dtype, remat=remat, attention=attention)
     flat = cross_entropy(
         states.reshape(-1, states.shape[-1]),
         model.head(params),
         batch.targets.reshape(-1),
         soft_cap=model.config.logit_soft_cap,
+        groups=row_groups(states.shape[0]),
     )
     return flat.reshape(batch.targets.shape)
 

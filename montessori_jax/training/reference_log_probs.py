@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from montessori_jax import cluster
 from montessori_jax.config import DpoConfig
 from montessori_jax.data.packing import count_targets
 from montessori_jax.data.writing import open_atomically
 from montessori_jax.errors import Interrupted
+from montessori_jax.mesh import fetch, mesh_of, place_rows, row_ways, use_mesh
 from montessori_jax.models import Model, Params
 from montessori_jax.runs import value_hash
 from montessori_jax.training.batches import plan_steps
@@ -48,11 +50,14 @@ def pair_log_probs(
     found = [np.zeros(0, np.float32) for _ in pairs]
     # Sorted, so that rows of one pass pad little; in passes of micro_batch pairs.
     order = sorted(kept, key=lambda index: (kept[index].length, index))
-    size = settings.micro_batch
+    mesh = mesh_of((model, params))
+    size = settings.micro_batch * row_ways(mesh)
     passes = [order[at : at + size] for at in range(0, len(order), size)]
     lengths = [0 if pair is None else pair.length for pair in fitting]
     targets = [0 if pair is None else pair.targets for pair in fitting]
-    plans = plan_steps(passes, lengths, targets, size, share_rows=False)
+    plans = plan_steps(
+        passes, lengths, targets, settings.micro_batch, share_rows=False, ways=row_ways(mesh)
+    )
     progress(0, len(order))
     done = 0
     for members, plan in zip(passes, plans, strict=True):
@@ -63,20 +68,21 @@ def pair_log_probs(
             slots=shape.slots,
             rows=shape.rows,
         )
-        log_probs = jax.device_get(
-            _log_probs(model, params, batch, settings.dtype, settings.attention)
-        )
+        batch = place_rows(batch, mesh, axis=0)
+        with use_mesh(mesh):
+            made = batch_log_probs(model, params, batch, settings.dtype, settings.attention)
+        log_probs = fetch(made)
         for row, index in enumerate(members):
             found[index] = np.asarray(log_probs[row, : targets[index]], np.float32)
         done += len(members)
         progress(done, len(order))
-        if done < len(order) and stop_requested():
+        if done < len(order) and cluster.any_of(stop_requested()):
             raise Interrupted(f"stopped after {done} of {len(order)} pairs")
     return found
 
 
 @partial(jax.jit, static_argnames=("dtype", "attention"))
-def _log_probs(
+def batch_log_probs(
     model: Model, params: Params, pairs: PairBatch, dtype: str, attention: str
 ) -> jax.Array:
     return -token_losses(model, params, pairs.batch, dtype=jnp.dtype(dtype), attention=attention)

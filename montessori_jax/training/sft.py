@@ -7,13 +7,14 @@ from montessori_jax.config import SftConfig
 from montessori_jax.data.chat import EncodedChat, fit
 from montessori_jax.data.packing import Batch, count_targets, pack
 from montessori_jax.errors import UserError
+from montessori_jax.mesh import mesh_of, row_ways
 from montessori_jax.models import Model, Params
 from montessori_jax.training.batches import Shape, plan_steps, stack, step_samples
 from montessori_jax.training.checkpoints import Checkpoints
 from montessori_jax.training.loop import Run, Surroundings, identity, nothing, run_steps
 from montessori_jax.training.optimizer import make_optimizer
 from montessori_jax.training.schedules import rate_table
-from montessori_jax.training.state import TrainState, start
+from montessori_jax.training.state import TrainState, start, state_shardings
 from montessori_jax.training.steps import sft_step
 
 
@@ -30,6 +31,7 @@ def train_sft(
     progress: Callable[[int, int], None] = nothing,
     say: Callable[[str], None] = nothing,
     stop_requested: Callable[[], bool] = lambda: False,
+    after: Callable[[int, TrainState], None] = nothing,
     consume: bool = False,
 ) -> TrainState:
     """Train on ``chats`` with the mean loss over each step's response tokens.
@@ -51,6 +53,7 @@ def train_sft(
         progress: given ``(steps done, steps in all)``.
         say: given one-line messages for people.
         stop_requested: asked after every step.
+        after: given the steps done and the state after each; the next step takes its memory.
         consume: free ``params`` once they are copied: the caller does not need them again.
 
     Returns:
@@ -71,8 +74,11 @@ def train_sft(
         raise UserError("no sample to train on: give more rows, or raise max_length")
     lengths = [len(chat.tokens) for chat in kept]
     targets = [count_targets(chat) for chat in kept]
+    mesh = mesh_of((model, params))
     steps = step_samples(seed, len(kept), settings.batch_size, settings.epochs)
-    plans = plan_steps(steps, lengths, targets, settings.micro_batch, share_rows=True)
+    plans = plan_steps(
+        steps, lengths, targets, settings.micro_batch, share_rows=True, ways=row_ways(mesh)
+    )
     tx = make_optimizer(settings, len(steps))
 
     def pack_rows(rows: Sequence[Sequence[int]], shape: Shape) -> Batch:
@@ -88,6 +94,8 @@ def train_sft(
             ["sft", fingerprint], seed, settings, [chat.tokens for chat in kept], targets
         ),
         settings=settings,
+        mesh=mesh,
+        shardings=state_shardings(params, tx, mesh),
     )
-    around = Surroundings(checkpoints, metrics, progress, say, stop_requested)
+    around = Surroundings(checkpoints, metrics, progress, say, stop_requested, after)
     return run_steps(lambda: start(params, tx), run, around, params if consume else None)

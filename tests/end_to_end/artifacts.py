@@ -10,24 +10,30 @@ import numpy as np
 from montessori_jax.models.sources import load_model
 from montessori_jax.training.checkpoints import load_student, read_about
 
-# Seconds, attempts and what is made of them; the lock; Orbax's own files, compared by content.
-TIMES = {"costs.jsonl", "summary.json", "report.md", ".lock"}
+# Seconds, attempts and what is made of them (figures too); the lock; Orbax's own files, compared by
+# content.
+TIMES = {"costs.jsonl", "summary.json", "report.md", "report.html", ".lock"}
 TIMED_KEYS = {"tokens_per_second", "programs", "steps_run"}
 
 
-def artifacts(run: Path) -> dict[str, bytes]:
-    """Every file of a run but its times, by its name within the run."""
+def artifacts(run: Path, *places: Path) -> dict[str, bytes]:
+    """Every file of a run but its times, by its name within the run.
+
+    ``places`` are other folders that the run was in before.
+    """
     found = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run)
-        if path.is_dir() or path.name in TIMES or "state" in name.parts[:-1]:
+        if path.is_dir() or path.name in TIMES or {"state", "figures"} & set(name.parts[:-1]):
             continue
         content = path.read_bytes()
         if path.name == "metrics.jsonl":
             content = json.dumps([_untimed(json.loads(line)) for line in content.splitlines()])
             content = content.encode()
         # Two runs differ in their own path, wherever it is written down.
-        found[str(name)] = content.replace(str(run).encode(), b"RUN")
+        for place in (run, *places):
+            content = content.replace(str(place).encode(), b"RUN")
+        found[str(name)] = content
     return found
 
 

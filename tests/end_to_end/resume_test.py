@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.end_to_end.artifacts import artifacts, assert_same_runs
+from montessori_jax.mirror import MANIFEST, OWN
+from montessori_jax.training.state_folder import CONTENT
+from montessori_jax.work import CHECKPOINTS
+from tests.end_to_end.artifacts import artifacts, assert_same_runs, assert_same_students
 from tests.tiny_world import write_tiny_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +62,12 @@ def world(tmp_path_factory):
     return folder
 
 
-def start(world: Path, run: Path) -> subprocess.Popen:
+def start(world: Path, run: str | Path, *overrides: str) -> subprocess.Popen:
+    return launch(world, "run", world / "tiny.yaml", f"run_dir={run}", *overrides)
+
+
+def launch(world: Path, *arguments: str | Path) -> subprocess.Popen:
+    """The command line, with the world's cache of compiled programs."""
     environment = {
         **os.environ,
         "XLA_FLAGS": "",
@@ -67,7 +75,7 @@ def start(world: Path, run: Path) -> subprocess.Popen:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "montessori_jax.cli", "run", world / "tiny.yaml", f"run_dir={run}"],
+        [sys.executable, "-m", "montessori_jax.cli", *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -76,8 +84,8 @@ def start(world: Path, run: Path) -> subprocess.Popen:
     )
 
 
-def finish(world: Path, run: Path) -> str:
-    process = start(world, run)
+def finish(world: Path, run: str | Path, *overrides: str) -> str:
+    process = start(world, run, *overrides)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
@@ -106,12 +114,17 @@ STRIKES = {
 }
 
 
-def strike(world: Path, run: Path, place: str, kind: signal.Signals) -> int:
-    """Start the run, kill it at the place, and return its exit status."""
+def strike(
+    world: Path, folder: Path, place: str, kind: signal.Signals, run: tuple[str, ...] = ()
+) -> int:
+    """Start the run, kill it at the place, and return its exit status.
+
+    ``run`` is what `start` takes, where that is not ``folder``.
+    """
     name, count = STRIKES[place]
-    process = start(world, run)
+    process = start(world, *(run or (folder,)))
     deadline = time.monotonic() + 600
-    while process.poll() is None and lines(run / name) < count:
+    while process.poll() is None and lines(folder / name) < count:
         assert time.monotonic() < deadline, place
         time.sleep(0.002)
     process.send_signal(kind)
@@ -133,6 +146,7 @@ def test_a_run_ends_with_its_table_and_every_artifact(undisturbed):
         "demonstrates the mechanics",
     ):
         assert words in output, words
+    assert f"The page of figures and samples: {run / 'report.html'}" in output
     summary = json.loads((run / "summary.json").read_text())
     stages = summary["iterations"][0]["stages"]
     assert stages["influence"]["audit"]["agreement"]["count"] == 3
@@ -162,6 +176,67 @@ def test_killed_in_a_few_stages_it_ends_the_same(world, undisturbed, tmp_path):
     assert strike(world, run, "dpo", signal.SIGKILL) == -signal.SIGKILL
     finish(world, run)
     assert_same_runs(undisturbed[0], run)
+
+
+def test_sigterm_saves_the_step_at_hand_and_the_next_run_goes_on_from_it(world, tmp_path):
+    """As a preemption does it: checkpoints are far apart, so only the signal makes one."""
+    rows = "".join(
+        json.dumps({"instruction": f"Count to {n}.", "response": "one " * (n % 7 + 1)}) + "\n"
+        for n in range(60)
+    )
+    (tmp_path / "rows.jsonl").write_text(rows)
+
+    def sft(out: str) -> subprocess.Popen:
+        flags = "--batch-size 2 --micro-batch 1 --checkpoint-every 1000 --max-length 64"
+        return launch(
+            world, "sft", "--student", world / "teacher", "--data", tmp_path / "rows.jsonl",
+            *flags.split(), "--learning-rate", "1e-3", "--out", tmp_path / out,
+        )  # fmt: skip
+
+    whole, _ = sft("whole").communicate(timeout=600)
+    assert "30 steps" in whole
+    process, metrics = sft("stopped"), tmp_path / "stopped" / "metrics.jsonl"
+    while process.poll() is None and lines(metrics) < 4:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    done = lines(metrics)
+    assert 4 <= done < 30
+    (saved,) = (tmp_path / "stopped" / CHECKPOINTS).iterdir()
+    assert saved.name == str(done)
+    assert (saved / CONTENT).is_file()
+    output, _ = sft("stopped").communicate(timeout=600)
+    assert f"going on from step {done} of 30" in output
+    one, other = artifacts(tmp_path / "whole"), artifacts(tmp_path / "stopped")
+    assert one == other
+
+
+def test_killed_on_one_machine_it_goes_on_from_the_storage_on_another(world, undisturbed, tmp_path):
+    """Machines share nothing but a store: each has a folder of its own."""
+    store = f"file://{tmp_path}/store/run"
+
+    def on_machine(number: int) -> tuple[str, ...]:
+        return (store, f"local_dir={tmp_path / str(number)}")
+
+    struck = strike(world, tmp_path / "1", "influence", signal.SIGKILL, run=on_machine(1))
+    assert struck == -signal.SIGKILL
+    struck = strike(world, tmp_path / "2", "dpo", signal.SIGTERM, run=on_machine(2))
+    assert struck == 128 + signal.SIGTERM
+    assert (tmp_path / "2" / "iteration-1" / "warmup" / "done.json").is_file()
+    output = finish(world, *on_machine(3))
+    assert "iteration-1/influence: done before" in output
+    places = [tmp_path / str(number) for number in (1, 2, 3)]
+
+    def made(run: Path) -> dict[str, bytes]:
+        # What says where a run is differs.
+        apart = ("config.yaml", OWN, MANIFEST)
+        found = artifacts(run, *places)
+        return {name: content for name, content in found.items() if name not in apart}
+
+    assert made(tmp_path / "3") == made(undisturbed[0])
+    assert made(tmp_path / "store" / "run") == made(undisturbed[0])
+    assert_same_students(undisturbed[0], tmp_path / "3")
 
 
 @pytest.mark.slow

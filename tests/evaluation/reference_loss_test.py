@@ -8,18 +8,6 @@ import torch
 from montessori_jax.config import EvaluationConfig
 from montessori_jax.data.chat import EncodedChat
 from montessori_jax.evaluation import reference_loss
-from montessori_jax.models import Model
-from montessori_jax.models.families import family_of
-from montessori_jax.models.weights import to_params
-from tests.models.tiny import CONFIG, torch_model
-
-
-@pytest.fixture(scope="module")
-def student():
-    theirs = torch_model(CONFIG)
-    config = family_of(CONFIG, "test")
-    tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
-    return theirs, Model(config), to_params(config, tensors)
 
 
 def chats(count=7, vocab=61):

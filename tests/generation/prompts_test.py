@@ -125,3 +125,22 @@ def test_other_counts_and_too_few_seeds() -> None:
     assert len(none) == 6
     with pytest.raises(UserError, match="needs 8 seed instructions and there are 7"):
         choose_exemplars(SEEDS[:7], [], seed=0, prompt_index=0)
+
+
+@pytest.mark.parametrize("style", prompts.STYLES)
+def test_an_expansion_shows_its_one_example_and_is_answered_like_any_instruction(style) -> None:
+    plain = prompts.build_instruction_prompt(style, EXEMPLARS[:1])
+    prompt = prompts.build_expansion_prompt(style, EXEMPLARS[0])
+    assert (prompt.prefill, prompt.stop, prompt.pattern) == (
+        plain.prefill,
+        plain.stop,
+        plain.pattern,
+    )
+    shown = prompt.text or "\n".join(turn["content"] for turn in prompt.messages or [])
+    assert "same skill" in shown
+    assert EXEMPLARS[0] in tagged(shown)
+    assert "different subject" not in shown
+    if prompt.messages is not None:
+        assert [turn["role"] for turn in prompt.messages] == [
+            turn["role"] for turn in plain.messages or []
+        ]

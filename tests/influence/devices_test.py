@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from montessori_jax.config import InfluenceConfig
+from montessori_jax.config import InfluenceConfig, MeshConfig
 from montessori_jax.errors import UserError
 from montessori_jax.influence import (
     METHODS,
@@ -23,13 +23,17 @@ from montessori_jax.influence import (
     make_mesh,
     score_candidates,
 )
-from montessori_jax.influence.mesh import CANDIDATE, laid_out
+from montessori_jax.influence.mesh import laid_out as spread
+from montessori_jax.mesh import CANDIDATE
+from montessori_jax.models.sharding import laid_out
 from tests.influence import small
 from tests.influence.problems import curved, influences
 from tests.influence.students import MODEL, chats, student
+from tests.meshes import SHAPES as MESHES
+from tests.meshes import mesh_on
 
 # Candidates on all eight devices; and in four places, the student on two devices in each.
-SHAPES = {"candidates": (8, 1), "sharded student": (8, 2)}
+SHAPES = {"candidates": {"candidate": 8}, "sharded student": {"candidate": 4, "fsdp": 2}}
 # Each estimator's program for candidates.
 PROGRAMS = {
     "exact": "exact.probe_step",
@@ -40,8 +44,8 @@ PROGRAMS = {
     "grad_cos": "baselines.aligned",
 }
 EXACT = [("exact", shape) for shape in SHAPES]
-OTHERS = [("linearized", shape) for shape in SHAPES]
 MAIN = [*EXACT, ("linearized", "candidates")]
+FEW = [("candidate", "fsdp"), ("data", "tensor")]
 REFERENCES = chats(8, 41)
 ROWS = chats(11, 42)
 COLLECTIVE = re.compile(
@@ -58,39 +62,36 @@ def test_any_models_scores_are_one_devices(method, shape):
     with jax.enable_x64(True):
         problem = curved(optax.adam(1e-2), count=19, moments=True)
         alone = problem.influences(method)
-        mesh = make_mesh(*SHAPES[shape])
+        mesh = on(shape)
         for how in ({"block": 2}, {"chunk": 3}):
             found = problem.influences(method, mesh=mesh, **how)
             np.testing.assert_allclose(found, alone, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("method", "shape"), [*EXACT, *(pytest.param(*one, marks=pytest.mark.slow) for one in OTHERS)]
-)
-def test_a_decoders_scores_are_one_devices_in_float64(method, shape):
-    with jax.enable_x64(True):
-        params, state, tx = small.student(1e-4)
-        params, state = (
-            jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, tree)
-            for tree in (params, state)
-        )
-        given = {"dtype": "float64", "gradient_dtype": "float64"}
-        reference = chat_reference(small.MODEL, REFERENCES, **given)
-        items = [chat_candidate(str(i), chat, 48) for i, chat in enumerate(ROWS)]
-
-        def score(mesh=None):
-            loss = MeanLoss(TokenLosses(small.MODEL, "float64"))
-            given = (loss, params, state, tx, items, reference)
-            return influences(local_influence(*given, method=method, mesh=mesh))
-
-        np.testing.assert_allclose(score(make_mesh(*SHAPES[shape])), score(), rtol=1e-6)
+def on(shape):
+    return make_mesh(MeshConfig(**SHAPES[shape]), "influence")
 
 
-def in_float32(method, devices=1, shards=1):
-    params, state, tx = student(1e-4)
-    settings = InfluenceConfig(
-        method=method, max_length=48, audit=0, devices=devices, student_shards=shards
+def in_float64(method, mesh=None):
+    """Scores of the decoder, and its parameters as they were laid out."""
+    params, state, tx = small.student(1e-4)
+    params, state = (
+        jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, tree)
+        for tree in (params, state)
     )
+    params = laid_out(small.MODEL, params, mesh)
+    given = {"dtype": "float64", "gradient_dtype": "float64"}
+    reference = chat_reference(small.MODEL, REFERENCES, **given)
+    items = [chat_candidate(str(i), chat, 48) for i, chat in enumerate(ROWS)]
+    loss = MeanLoss(TokenLosses(small.MODEL, "float64"))
+    student = (loss, params, state, tx, items, reference)
+    return influences(local_influence(*student, method=method)), params
+
+
+def in_float32(method, mesh=None):
+    params, state, tx = student(1e-4)
+    params = laid_out(MODEL, params, mesh)
+    settings = InfluenceConfig(method=method, max_length=48, audit=0)
     return influences(score_candidates(MODEL, params, state, tx, ROWS, REFERENCES, settings))
 
 
@@ -146,11 +147,11 @@ def groups(line: str) -> list[list[int]]:
 def test_candidates_never_meet_and_scores_are_one_devices_in_float32(method, shape, programs):
     alone = in_float32(method)
     texts = programs(method)
-    devices, shards = SHAPES[shape]
-    found = in_float32(method, devices, shards)
+    shards = SHAPES[shape].get("fsdp", 1)
+    found = in_float32(method, on(shape))
     assert np.abs(found - alone).max() < 1e-3 * alone.std()
     [text] = texts
-    assert f"num_partitions={devices}" in text
+    assert "num_partitions=8" in text
     lines = COLLECTIVE.findall(text)
     assert bool(lines) == (shards > 1)
     for line in lines:
@@ -161,19 +162,45 @@ def test_candidates_never_meet_and_scores_are_one_devices_in_float32(method, sha
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_program_in_which_candidates_meet_is_seen_as_one(shape):
-    mesh = make_mesh(*SHAPES[shape])
+    mesh = on(shape)
     data = jax.device_put(np.arange(16.0), NamedSharding(mesh, PartitionSpec(CANDIDATE)))
     text = jax.jit(lambda x: x - x.mean()).lower(data).compile().as_text()
     lines = COLLECTIVE.findall(text)
     assert lines
-    shards = SHAPES[shape][1]
+    shards = SHAPES[shape].get("fsdp", 1)
     places = [{number // shards for number in group} for one in lines for group in groups(one)]
     assert max(map(len, places)) == 8 // shards
 
 
-def test_a_device_holds_its_share_of_the_student():
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        # Forward and reverse mode through few meshes each, half a minute apiece.
+        pytest.param(
+            method, names, marks=() if method == "exact" or names in FEW else pytest.mark.slow
+        )
+        for method in ("exact", "first_order", "linearized")
+        for names in MESHES
+    ],
+    ids=lambda one: one if isinstance(one, str) else "-".join(one),
+)
+def test_on_every_mesh_scores_are_one_devices_in_float64(method, names):
+    with jax.enable_x64(True):
+        alone, _ = in_float64(method)
+        found, probe = in_float64(method, mesh_on(*names))
+        np.testing.assert_allclose(found, alone, rtol=1e-6)
+        kernel = probe["layers"]["mlp"]["up"]["kernel"]
+        parts = {"fsdp": 1, "tensor": 2}
+        assert all(
+            kernel.sharding.shard_shape(kernel.shape)[axis] == kernel.shape[axis] // 2
+            for name, axis in parts.items()
+            if name in names
+        )
+
+
+def test_a_device_holds_its_share_of_any_student():
     params = student(1e-4).params
-    placed = laid_out(params, make_mesh(8, 2))
+    placed = spread(params, on("sharded student"))
     whole, share = (sum(x.nbytes for x in jax.tree.leaves(t)) for t in (params, placed))
     assert whole == share
     mine = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(placed))
@@ -181,8 +208,6 @@ def test_a_device_holds_its_share_of_the_student():
 
 
 def test_devices_that_are_not_there():
-    with pytest.raises(UserError, match="devices 9: this host has 8"):
-        make_mesh(9)
-    with pytest.raises(UserError, match="student_shards 3 does not divide 8 devices"):
-        make_mesh(8, 3)
-    assert make_mesh() is None
+    with pytest.raises(UserError, match="9 does not divide the 8 cpu devices here"):
+        make_mesh(MeshConfig(candidate=9), "influence")
+    assert make_mesh(MeshConfig(), "influence") is None

@@ -11,12 +11,12 @@ import pytest
 from montessori_jax.config import InfluenceConfig
 from montessori_jax.influence import (
     chat_candidate,
-    make_mesh,
     score_candidates,
 )
 from montessori_jax.models.lora import LoraModel, LoraSpec
 from montessori_jax.training.losses import token_losses
 from tests.influence.students import CONFIG, MODEL, adamw, chats, warmed_up
+from tests.meshes import mesh_on
 
 REFERENCES, CANDIDATES = chats(5, 31, longest=24), chats(5, 32, longest=24)
 SPEC = LoraSpec(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
@@ -90,12 +90,12 @@ def loop_influence(rate: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("block", "mesh"),
     [
-        pytest.param(1, (1, 1), marks=pytest.mark.slow),
-        (4, (1, 1)),
-        pytest.param(1, (8, 2), marks=pytest.mark.slow),
+        pytest.param(1, (), marks=pytest.mark.slow),
+        (4, ()),
+        pytest.param(1, ("candidate", "fsdp"), marks=pytest.mark.slow),
     ],
 )
-def test_exact_is_the_definition_on_the_adapter(block: int, mesh: tuple[int, int]) -> None:
+def test_exact_is_the_definition_on_the_adapter(block: int, mesh: tuple[str, ...]) -> None:
     rate = 1e-2
     truth = loop_influence(rate)
     with jax.enable_x64(True):
@@ -119,7 +119,7 @@ def test_exact_is_the_definition_on_the_adapter(block: int, mesh: tuple[int, int
             method="exact",
             block=block,
             chunk=5,
-            mesh=make_mesh(*mesh),
+            mesh=mesh_on(*mesh) if mesh else None,
         )
     found = np.array([score.influence for score in scores])
     assert np.abs(truth).max() > 1e-4

@@ -17,7 +17,7 @@ from montessori_jax.influence import (
     local_influence,
     score_candidates,
 )
-from montessori_jax.influence.scoring import label
+from montessori_jax.influence.regime import label
 from tests.influence.small import MODEL, student
 from tests.influence.students import chats
 

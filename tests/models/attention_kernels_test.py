@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from montessori_jax.config import DpoConfig, EvaluationConfig, SftConfig
+from montessori_jax.config import DpoConfig, EvaluationConfig, MeshConfig, SftConfig
 from montessori_jax.data.packing import pack
 from montessori_jax.errors import UserError
 from montessori_jax.evaluation.reference_loss import reference_loss
+from montessori_jax.mesh import make_mesh
 from montessori_jax.models.attention import packed_attention, visible
 from montessori_jax.models.attention_kernels import by_dot_product, by_splash, choose
 from montessori_jax.training.optimizer import make_optimizer
@@ -207,6 +208,39 @@ def test_splash(window: int | None):
         )
 
     check(case, attend)
+
+
+@pytest.mark.parametrize("taken", [set(), {"candidate"}], ids=["all-axes", "within-candidates"])
+def test_splash_on_a_mesh(taken: set[str]):
+    """Each device attends for its rows and heads, in a `jax.shard_map` over candidates too."""
+    case = Case(length=128, scale=0.7)
+    sizes = {"candidate": 2, "fsdp": 1, "tensor": 2} if taken else {"fsdp": 2, "tensor": 2}
+    mesh = make_mesh(MeshConfig(**{"candidate": 1, "data": 1} | sizes))
+
+    def attend(query, key, value):
+        def inner(query, key, value, segments):
+            options = {"window": None, "sliding": True, "scale": 0.7, "soft_cap": None}
+            return by_splash(query, key, value, segments, interpret=True, **options)
+
+        segments = jnp.asarray(case.segments())
+        if not taken:
+            return inner(query, key, value, segments)
+        rows = jax.sharding.PartitionSpec("candidate")
+        split = jax.shard_map(
+            inner, in_specs=rows, out_specs=rows, axis_names=taken, check_vma=False
+        )
+        return split(query, key, value, segments)
+
+    with jax.set_mesh(mesh):
+        check(case, attend)
+
+
+def test_auto_looks_at_the_platform_of_the_mesh_that_is_set():
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert choose("auto", query(), branches=False, soft_cap=None) == "splash"
+    assert choose("auto", query(), branches=False, soft_cap=None) == "xla"
 
 
 def test_splash_where_only_a_traced_value_tells_whether_it_slides():

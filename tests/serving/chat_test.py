@@ -10,17 +10,26 @@ from montessori_jax.config import (
     GenerationConfig,
     Price,
     ResponseConfig,
+    RunConfig,
     SamplingConfig,
     UrlConfig,
+    as_dict,
 )
+from montessori_jax.config_file import build
 from montessori_jax.costs import Meter, read_ledger
+from montessori_jax.data.tables import read_table
 from montessori_jax.errors import UserError
 from montessori_jax.generation.generator import PromptRequest
 from montessori_jax.generation.prompts import build_instruction_prompt, build_response_prompt
+from montessori_jax.pipeline import run
 from montessori_jax.serving.sidecar import MODEL
 from montessori_jax.serving.teachers import UrlTeachers
-from montessori_jax.stages.generate import as_request, generate
+from montessori_jax.stages.generate import generate
+from montessori_jax.stages.sample import as_request
+from montessori_jax.stopping import Stop
 from montessori_jax.work import Work
+from tests.end_to_end.resume_test import CONFIG
+from tests.methods.small import SMALL
 from tests.serving.proxy import Proxy
 
 
@@ -147,5 +156,35 @@ def test_a_stage_counts_tokens_and_money_and_goes_on_where_it_stopped(url, serve
             once("run")
         assert len(proxy.asked) == 7
         assert read_ledger(ledger)[0]["dollars"] == row["dollars"]
+    finally:
+        proxy.close()
+
+
+def test_a_judge_behind_an_address_is_asked_once_and_paid_once(url, served, tiny_folder, tmp_path):
+    """Self-Reward up to its judge, a real server, which is too small a model to give a score."""
+    proxy = Proxy(lambda: served.generator.server.url)
+    proxy.faults = ["", "500", "", "429"]
+    judge = {**as_dict(url), "base_url": f"{proxy.url}/v1", "retries": 5, "seeds": False}
+    place = tmp_path / "run"
+    values = {
+        **CONFIG, **SMALL, "method": "self_reward", "iterations": 1, "judge": judge,
+        "teacher": str(tiny_folder), "student": str(tiny_folder), "run_dir": str(place),
+    }  # fmt: skip
+    config = build(RunConfig, values, "test")
+    try:
+        with pytest.raises(UserError, match=f"judgements of {MODEL} ends with 'Score: N'"):
+            run(config, say=lambda text: None, stop=Stop(), quiet=True)
+        [responses] = (place / "iteration-1" / "respond").glob("*.parquet")
+        rows = len(read_table(str(responses)))
+        assert len(proxy.asked) == rows + 2  # a request for both judgements, two faults
+        assert not any("seed" in one for one in proxy.asked)
+        [row] = [one for one in read_ledger(place / "costs.jsonl") if "/judge" in one["stage"]]
+        paid = (2.0 * row["prompt_tokens"] + 8.0 * row["generated_tokens"]) / 1e6
+        assert row["dollars"] == pytest.approx(paid, abs=1e-6)
+        assert row["dollars"] > 0
+        # What was judged is not asked, or paid, again.
+        with pytest.raises(UserError, match="too small a judge"):
+            run(config, say=lambda text: None, stop=Stop(), quiet=True)
+        assert len(proxy.asked) == rows + 2
     finally:
         proxy.close()

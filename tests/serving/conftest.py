@@ -12,6 +12,7 @@ from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.serving.environment import Environment, find_environment
 from montessori_jax.serving.vllm_teachers import VllmTeachers
 from montessori_jax.stopping import Stop
+from tests.serving.proxy import Proxy
 from tests.tiny_world import write_tiny_teacher
 
 # Small and soon started; what a test is about it sets itself.
@@ -23,6 +24,15 @@ def open_vllm(logs: Path, settings: VllmConfig = SETTINGS, lora_rank: int = 0) -
     return VllmTeachers(
         settings, logs, lora_rank, shared=False, jax_fraction=0.9, say=print, stop=Stop()
     )
+
+
+def serve(model: str, logs: Path) -> Iterator[Teacher]:
+    """``model`` behind a vLLM, which ends with the fixture that yields from this."""
+    teachers = open_vllm(logs)
+    try:
+        yield teachers.teacher(model)
+    finally:
+        teachers.close()
 
 
 @pytest.fixture(scope="session")
@@ -51,8 +61,12 @@ def served(
     vllm: Environment, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Teacher]:
     """The same teacher behind a vLLM that all tests of a process share: leave it as it is."""
-    teachers = open_vllm(tmp_path_factory.mktemp("vllm"))
-    try:
-        yield teachers.teacher(str(tiny_folder))
-    finally:
-        teachers.close()
+    yield from serve(str(tiny_folder), tmp_path_factory.mktemp("vllm"))
+
+
+@pytest.fixture
+def proxy(served: Teacher) -> Iterator[Proxy]:
+    """A proxy in front of that vLLM."""
+    made = Proxy(lambda: served.generator.server.url)
+    yield made
+    made.close()

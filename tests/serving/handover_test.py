@@ -22,8 +22,8 @@ from montessori_jax.models.lora import LoraModel, LoraSpec, adapter_shapes
 from montessori_jax.models.sources import model_fingerprint
 from montessori_jax.serving.probe import FILE, TOLERANCE, VISIBLE, Probes, ProbeText, write_probe
 from montessori_jax.serving.vllm_teachers import RunningVllmTeachers, VllmTeachers
-from montessori_jax.stages.generate import as_request
 from montessori_jax.stages.probe import greedy_texts, probe_texts
+from montessori_jax.stages.sample import as_request
 from montessori_jax.stopping import Stop
 from montessori_jax.training.pairs import EncodedPair
 from montessori_jax.training.reference_log_probs import pair_log_probs

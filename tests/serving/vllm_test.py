@@ -15,7 +15,7 @@ from montessori_jax.generation.generator import Completion, PromptRequest
 from montessori_jax.generation.parsing import parse_instruction
 from montessori_jax.generation.prompts import CLOSING_TAG, build_instruction_prompt
 from montessori_jax.generation.sampler import JaxSampler
-from montessori_jax.stages.generate import as_request
+from montessori_jax.stages.sample import as_request
 
 GREEDY = SamplingConfig(temperature=0.0, max_tokens=24, dtype="float32")
 TASKS = (

@@ -1,7 +1,6 @@
 """The influence stage on files: odd rows, several reference sets, an interrupted run."""
 
 import json
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from montessori_jax.costs import Meter
 from montessori_jax.errors import Interrupted, UserError
 from montessori_jax.stages import influence as stage
 from montessori_jax.work import Work
+from tests.meshes import mesh_on
 from tests.models import tiny
 
 # As reasoning models have it: what was thought is no part of the turn.
@@ -124,6 +124,23 @@ def test_what_leaves_nothing_to_measure_is_one_line(
     assert error.count("\n") == 1
 
 
+def test_bfloat16_moments_are_refused_unless_asked_for_by_name(student, tmp_path, capsys):
+    candidates = write(tmp_path / "rows.jsonl", [ODD[0][0], ODD[7][0]])
+    references = [write(tmp_path / "reference.jsonl", REFERENCE)]
+    warmup = write(tmp_path / "warmup.jsonl", REFERENCE)
+    out = tmp_path / "scores.jsonl"
+    flags = ("--warmup", warmup, "--warmup-moments-dtype", "bfloat16", "--warmup-max-length", "64")
+    asked = (student, candidates, references, out, *flags)
+    assert influence(*asked, "--optimizer", "adamw") == 2
+    error = capsys.readouterr().err
+    assert "was warmed up with moments_dtype bfloat16" in error
+    assert error.count("\n") == 1
+    assert influence(*asked, "--optimizer", "adamw", "--preset", "original") == 0
+    assert {row["estimator"] for row in read(out)} == {"exact (preset original, bfloat16)"}
+    assert influence(*asked) == 0  # SGD starts from no moments
+    assert {row["estimator"] for row in read(out)} == {"exact"}
+
+
 def test_two_reference_sets_are_as_two_runs(student, tmp_path):
     candidates = write(tmp_path / "rows.jsonl", [row for row, _ in ODD])
     files = {
@@ -210,10 +227,10 @@ def test_a_killed_run_goes_on_at_the_next_chunk_on_other_devices_and_on_no_other
     )
     said = []
 
-    def score(name, settings=settings, **how):
+    def score(name, mesh=None, **how):
         work = Work(tmp_path / name, 5, Meter(None, "test"), say=said.append, quiet=True, **how)
         out = tmp_path / name / "scores.jsonl"
-        stage.influence(student, candidates, reference, settings, work, out=out)
+        stage.influence(student, candidates, reference, settings, work, out=out, mesh=mesh)
         return [row["influence"] for row in read(out)]
 
     candidates = rows("w8")
@@ -225,7 +242,7 @@ def test_a_killed_run_goes_on_at_the_next_chunk_on_other_devices_and_on_no_other
     assert (chunk["chunk"], len(chunk["scores"])) == (0, 3)
     chunk["scores"][0]["influence"] = 12.0  # what is there already is taken as it is
     write(journal, [header, choice, chunk])
-    resumed = score("parts", replace(settings, devices=2))
+    resumed = score("parts", mesh=mesh_on("candidate"))
     assert resumed == [12.0, *(pytest.approx(one, rel=1e-3) for one in whole[1:])]
     assert any("programs compiled" in line for line in said)
 

@@ -13,8 +13,8 @@ from montessori_jax.errors import Interrupted, UserError
 from montessori_jax.models.adapter_folder import load_adapter
 from montessori_jax.models.lora import LoraModel, merge
 from montessori_jax.models.sources import load_model
-from montessori_jax.stages.dpo import dpo
-from montessori_jax.stages.finetune import finetune, warm_up
+from montessori_jax.stages.dpo import dpo, kept_teacher
+from montessori_jax.stages.finetune import finetune, kept_state, warm_up
 from montessori_jax.stages.influence import influence
 from montessori_jax.stages.student import open_student
 from montessori_jax.stopping import Stop
@@ -166,3 +166,31 @@ def test_a_target_that_matches_nothing_is_one_line(world: Path, tmp_path: Path) 
     student = load_model(str(world / "model"))
     with pytest.raises(UserError, match="LoRA target 'c_attn' is no linear layer"):
         finetune(student, str(world / "rows.jsonl"), settings, work(tmp_path))
+
+
+def test_what_is_kept_along_the_way(world: Path, tmp_path: Path):
+    """Teachers of DPO's steps and states of a student's are those of a run that ended there."""
+    teacher = load_model(str(world / "model"))
+    # No decay, so that a shorter run takes the same steps.
+    flat = {"max_length": 32, "remat": "none", "warmup_ratio": 0.0, "decay_ratio": 0.0}
+    rule = {**flat, "batch_size": 2, "micro_batch": 2, "learning_rate": 1e-2}
+    settings = DpoConfig(**rule, epochs=2, keep_every=1)
+    result = dpo(teacher, str(world / "pairs.jsonl"), settings, work(tmp_path / "long"))
+    assert result["steps"] == 4
+    kept = [kept_teacher(tmp_path / "long", step) for step in (1, 2, 3, 4)]
+    short = DpoConfig(**rule, epochs=1)
+    teacher = load_model(str(world / "model"))
+    assert dpo(teacher, str(world / "pairs.jsonl"), short, work(tmp_path / "short"))["steps"] == 2
+    weights = [(one / "model.safetensors").read_bytes() for one in kept]
+    assert weights[1] == (tmp_path / "short" / "teacher" / "model.safetensors").read_bytes()
+    assert weights[3] == (tmp_path / "long" / "teacher" / "model.safetensors").read_bytes()
+    assert len(set(weights)) == 4
+
+    student = load_model(str(world / "model"))
+    sft = SftConfig(**{**rule, "rows": 6})
+    finetune(student, str(world / "rows.jsonl"), sft, work(tmp_path / "sft"), states=2)
+    assert [one.name for one in kept_state(tmp_path / "sft", 2).parent.iterdir()] == ["step-2"]
+    opened = open_student(str(kept_state(tmp_path / "sft", 2)), InfluenceConfig())
+    assert opened.warm
+    assert int(opened.state.step) == 2
+    assert opened.learning_rate == 1e-2

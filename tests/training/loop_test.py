@@ -1,5 +1,8 @@
 """The loop around a step, with steps small enough to follow by hand."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from montessori_jax.errors import Interrupted, UserError
 from montessori_jax.training.checkpoints import Checkpoints
 from montessori_jax.training.loop import Run, Surroundings, identity, run_steps
 from montessori_jax.training.state import TrainState
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def begin() -> TrainState:
@@ -89,29 +94,40 @@ def test_stopped_and_resumed_is_as_if_it_had_not_been(tmp_path: Path, every: int
     assert said == ["going on from step 1 of 6", "going on from step 4 of 6"]
 
 
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from montessori_jax.training.checkpoints import Checkpoints
+from montessori_jax.training.loop import Surroundings, run_steps
+from montessori_jax.training.state_folder import CONTENT
+from tests.training.loop_test import begin, run_of
+
+folder = Path(sys.argv[1])
+
+def metrics(record):
+    if record["step"] == 5:  # that of step 3 is on disk, and no other save has begun
+        ends = time.monotonic() + 60
+        while not (folder / "3" / CONTENT).exists() and time.monotonic() < ends:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run = run_of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], checkpoint_every=3)
+run_steps(begin, run, Surroundings(checkpoints=Checkpoints(folder), metrics=metrics))
+"""
+
+
 def test_a_kill_goes_back_to_the_last_checkpoint(tmp_path: Path) -> None:
-    values = [1.0, 2.0, 3.0, 4.0, 5.0]
-
-    class Killed(BaseException):
-        pass
-
-    def kill(record: dict[str, Any]) -> None:
-        if record["step"] == 4:
-            raise Killed
-
-    def around(metrics: Any) -> Surroundings:
-        return Surroundings(checkpoints=Checkpoints(tmp_path), metrics=metrics)
-
-    with pytest.raises(Killed):
-        run_steps(begin, run_of(values, checkpoint_every=3), around(kill))
+    command = [sys.executable, "-c", KILLED, tmp_path]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     again: list[int] = []
-    state = run_steps(
-        begin,
-        run_of(values, checkpoint_every=3),
-        around(lambda record: again.append(record["step"])),
+    values = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    around = Surroundings(
+        checkpoints=Checkpoints(tmp_path), metrics=lambda record: again.append(record["step"])
     )
+    state = run_steps(begin, run_of(values, checkpoint_every=3), around)
     np.testing.assert_allclose(state.params["w"], expected(values))
-    assert again == [4, 5]
+    assert again == [4, 5, 6]
 
 
 def test_a_stop_after_the_last_step_is_no_interruption() -> None:
@@ -162,7 +178,7 @@ def test_identity_is_of_what_decides_the_result() -> None:
     def of(seed: int = 0, arrays: Any = arrays, counts: Any = (1, 2), **changes: Any) -> str:
         return identity(["sft"], seed, SftConfig(**changes), arrays, counts)
 
-    assert of() == of(checkpoint_every=7, log_every=3)
+    assert of() == of(checkpoint_every=7, checkpoints_kept=9, log_every=3)
     different = [
         of(seed=1),
         of(arrays=[np.arange(3), np.arange(4)[::-1]]),

@@ -1,0 +1,415 @@
+"""Several processes that compute together, one a host: how they meet, agree and part.
+
+All of them run the same command and the same program. Process 0, the leader, writes what the run
+leaves; the others write the same into a folder of their own, which goes away. Alone, nothing here
+does anything, and JAX's distributed runtime is not started.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from montessori_jax.errors import Interrupted, LostProcess, UserError
+from montessori_jax.versions import difference, shared_versions
+
+COORDINATOR, PROCESSES, PROCESS = (
+    "MONTESSORI_COORDINATOR",
+    "MONTESSORI_PROCESSES",
+    "MONTESSORI_PROCESS",
+)
+DETECT, PATIENCE, HEARTBEAT = (
+    "MONTESSORI_CLUSTER",
+    "MONTESSORI_BARRIER_SECONDS",
+    "MONTESSORI_HEARTBEAT_SECONDS",
+)
+EXCHANGED_BYTES = 1 << 18  # of each process at a time
+STOP = "montessori-stop"
+LOOK_SECONDS = 1.0  # between two looks at the others
+# What a collective operation says when the process at the other end has gone.
+GONE = re.compile(
+    r"Connection closed by peer|Connection reset|Broken pipe|heartbeat|coordination service|"
+    r"Gloo .* failed|DEADLINE_EXCEEDED|UNAVAILABLE",
+    re.IGNORECASE,
+)
+
+
+@dataclass
+class _Place:
+    """This process among those of the job."""
+
+    index: int = 0
+    count: int = 1
+    barriers: int = 0
+    watch: "_Watch | None" = None
+
+
+_here = _Place()
+
+
+def index() -> int:
+    """This process's number; the leader's is 0."""
+    return _here.index
+
+
+def count() -> int:
+    """How many processes compute together; 1 where there is no cluster."""
+    return _here.count
+
+
+def is_leader() -> bool:
+    """Whether this process writes what the run leaves."""
+    return _here.index == 0
+
+
+def join() -> None:
+    """Meet the other processes, where a cluster is configured or detected.
+
+    Configured: ``MONTESSORI_COORDINATOR`` (``host:port`` of process 0), ``MONTESSORI_PROCESSES``
+    and ``MONTESSORI_PROCESS`` (from 0). Detected: inside `srun` with several tasks, or whatever JAX
+    finds by itself with ``MONTESSORI_CLUSTER=auto`` (Cloud TPU, GKE, Slurm, Open MPI). To be called
+    before JAX computes anything.
+
+    Raises:
+        UserError: half of it is configured, or the others run other versions.
+        LostProcess: the others do not come.
+    """
+    given = {name: os.environ.get(name, "") for name in (COORDINATOR, PROCESSES, PROCESS)}
+    detect = os.environ.get(DETECT) == "auto" or (
+        # Of the step: an allocation for several tasks has a step of one as its shell.
+        int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    )
+    if any(given.values()):
+        missing = [name for name, value in given.items() if not value]
+        if missing:
+            raise UserError(f"{', '.join(missing)} not set: a job of several processes needs all "
+                            f"of {', '.join(given)}")  # fmt: skip
+        numbers = _whole(PROCESSES, given[PROCESSES]), _whole(PROCESS, given[PROCESS])
+        arguments: dict[str, Any] = {
+            "coordinator_address": given[COORDINATOR],
+            "num_processes": numbers[0],
+            "process_id": numbers[1],
+            "cluster_detection_method": "deactivate",
+        }
+    elif detect:
+        arguments = {}
+    else:
+        return
+    if jax.distributed.is_initialized():
+        return
+    wait = min(patience(), 300)
+    # Else JAX ends this process by a stack trace when another one has gone; `_Watch` says which.
+    jax.config.update("jax_enable_recoverability", True)
+    # Its handler of SIGTERM would take the place of ours, which saves and stops.
+    jax.config.update("jax_enable_preemption_service", False)
+    where = f" at {given[COORDINATOR]}" if given[COORDINATOR] else ""
+    advice = (
+        f"is the address that of process 0, and does every host run the same command? "
+        f"{COORDINATOR}, {PROCESSES} and {PROCESS} say who is where"
+    )
+    alarm = threading.Timer(
+        wait, _end, [f"the processes of this job did not meet{where} in {wait} s: {advice}"]
+    )
+    alarm.daemon = True
+    alarm.start()
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=wait + 60,  # JAX's own end is a stack trace
+            heartbeat_timeout_seconds=silence(),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise LostProcess(
+            f"the processes of this job did not meet{where} ({_brief(error)}): {advice}"
+        ) from None
+    finally:
+        alarm.cancel()
+    _here.index, _here.count = jax.process_index(), jax.process_count()
+    if _here.count > 1:
+        _here.watch = _Watch(silence())
+        _here.watch.start()
+        _compare_versions()
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """The block is this process's part of a job, if there is one (`join`).
+
+    However it ends, the others get to know: at its end they wait for each other, and a failure here
+    ends them too.
+    """
+    try:
+        join()
+        with losses_are_errors():
+            yield
+    except Interrupted:  # all of them agreed to stop
+        leave(None)
+        raise
+    except BaseException as error:
+        leave(str(error) or type(error).__name__, getattr(error, "status", 1))
+        raise
+    leave(None)
+
+
+def leave(failure: str | None, status: int = 1) -> None:
+    """Part from the others: after all is done, or because of ``failure``, which they are told.
+
+    They end with its ``status`` too.
+
+    With a failure this ends the process's part in the job at once: the others, which may be waiting
+    for it in the middle of a program, end too.
+    """
+    if _here.watch is None:
+        return
+    if failure is None:
+        barrier("the end")
+        _here.watch.end()
+        if _here.index == 0:  # who keeps the runtime that the others are leaving
+            time.sleep(2 * LOOK_SECONDS)
+    else:
+        _here.watch.tell(failure, status)
+
+
+def patience() -> int:
+    """Seconds that a barrier waits for the slowest process (``MONTESSORI_BARRIER_SECONDS``)."""
+    return _seconds(PATIENCE, 1800)
+
+
+def silence() -> int:
+    """Seconds after which a silent process is lost (``MONTESSORI_HEARTBEAT_SECONDS``)."""
+    return _seconds(HEARTBEAT, 100)
+
+
+def barrier(name: str) -> None:
+    """Wait until all processes are here; each call pairs with the same call in the others.
+
+    Raises:
+        LostProcess: one did not come in time: it died, hangs, or is elsewhere in the program.
+    """
+    if _here.count == 1:
+        return
+    _here.barriers += 1
+    key = f"montessori-{_here.barriers}-{name}"
+    client = _client()
+    try:
+        client.wait_at_barrier(key, patience() * 1000)
+    except jax.errors.JaxRuntimeError as error:
+        raise LostProcess(
+            f"{name}: process {_here.index} of {_here.count} waited {patience()} s for the others "
+            f"({_brief(error)}): look at the log of the one that is missing, end the job and start "
+            f"it again, it goes on from what is written; {PATIENCE} is how long to wait"
+        ) from None
+
+
+def any_of(flag: bool) -> bool:
+    """Whether ``flag`` is true in any process: what all of them then act on."""
+    if _here.count == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def told_to_stop(flag: bool) -> bool:
+    """Whether any process was asked to stop, as far as this one knows: no two need ask at once.
+
+    ``flag`` is whether this one was. The others know within a second or two; `any_of` is for what
+    all of them must do at the same place.
+    """
+    if _here.watch is None:
+        return flag
+    if flag and not _here.watch.stopping:
+        _here.watch.ask_to_stop()
+    return flag or _here.watch.stopping
+
+
+def same_everywhere(values: Mapping[str, Any]) -> None:
+    """Hold all processes to one set of JSON-able values; to be called by all together.
+
+    Raises:
+        UserError: in all of them, where one has others; names the first of them and the process.
+    """
+    if _here.count == 1:
+        return
+    first, *others = map(json.loads, exchange(json.dumps(values, sort_keys=True).encode()))
+    for number, other in enumerate(others, 1):
+        different = [name for name in sorted(first | other) if first.get(name) != other.get(name)]
+        if different:
+            name = different[0]
+            raise UserError(
+                f"process {number} has another {name} ({other.get(name)}) than process 0 "
+                f"({first.get(name)}), {len(different)} such in all: give every host the same "
+                "config, overrides, data and models"
+            )
+
+
+def from_leader(value: Any) -> Any:
+    """The leader's JSON-able value, in every process; to be called by all together."""
+    if _here.count == 1:
+        return value
+    return json.loads(exchange(json.dumps(value if is_leader() else None).encode())[0])
+
+
+def smallest(number: int) -> int:
+    """The smallest of all processes' numbers; to be called by all together."""
+    return number if _here.count == 1 else min(map(int, exchange(str(number).encode())))
+
+
+def exchange(mine: bytes) -> list[bytes]:
+    """What every process gives, in the order of their numbers, in all of them.
+
+    Each call pairs with the same call in the others.
+    """
+    if _here.count == 1:
+        return [mine]
+    sizes = [int(size) for size in multihost_utils.process_allgather(np.int32(len(mine)))]
+    parts: list[list[bytes]] = [[] for _ in sizes]
+    # In pieces of one shape: one program, and little of the devices' memory.
+    for start in range(0, max(sizes), EXCHANGED_BYTES):
+        piece = np.zeros(EXCHANGED_BYTES, np.uint8)
+        found = np.frombuffer(mine[start : start + EXCHANGED_BYTES], np.uint8)
+        piece[: len(found)] = found
+        for part, row in zip(parts, multihost_utils.process_allgather(piece), strict=True):
+            part.append(row.tobytes())
+    return [b"".join(part)[:size] for part, size in zip(parts, sizes, strict=True)]
+
+
+@contextmanager
+def losses_are_errors() -> Iterator[None]:
+    """In the block, a collective that fails because a process has gone is a `LostProcess`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if _here.count == 1 or not GONE.search(str(error)):
+            raise
+        raise LostProcess(
+            f"process {_here.index} of {_here.count} lost another one ({_brief(error)}): look at "
+            "the logs of the others for the first error, and start the job again: it goes on from "
+            "the last checkpoint (checkpoint_every is how many steps lie between two); where all "
+            f"live and one was slow, raise {HEARTBEAT} (now {silence()})"
+        ) from None
+
+
+class _Watch(threading.Thread):
+    """Says that this process lives, and ends it with one line where another one no longer does.
+
+    A collective operation with a process that is gone may wait for ever: nothing else ends it.
+    """
+
+    def __init__(self, silence: int):
+        super().__init__(daemon=True, name="cluster-watch")
+        self._silence, self._over = silence, threading.Event()
+        self.stopping = False
+        self._client = _client()
+        self._others = [one for one in range(_here.count) if one != _here.index]
+
+    def end(self) -> None:
+        """Stop watching: this process has done its part."""
+        self._over.set()
+
+    def ask_to_stop(self) -> None:
+        """Have all processes know that one was asked to stop."""
+        self.stopping = True
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._client.key_value_set(STOP, "1", allow_overwrite=True)
+
+    def tell(self, failure: str, status: int) -> None:
+        """Have the others end too, and wait until they have seen it."""
+        self._over.set()
+        with contextlib.suppress(Exception):  # they may have gone first
+            told = json.dumps([failure, status])
+            self._client.key_value_set(f"montessori-failed-{_here.index}", told)
+            if _here.index == 0:  # who keeps what was told
+                time.sleep(3 * LOOK_SECONDS)
+
+    def run(self) -> None:
+        """Look every so often until the end."""
+        seen: dict[int, tuple[str, float]] = {}
+        beat = 0
+        while not self._over.wait(LOOK_SECONDS):
+            beat += 1
+            try:
+                self._client.key_value_set(
+                    f"montessori-alive-{_here.index}", str(beat), allow_overwrite=True
+                )
+                for one in self._others:
+                    told = self._read(f"montessori-failed-{one}")
+                    if told is not None:
+                        failure, status = json.loads(told)
+                        self._leave(f"process {one} of {_here.count} failed: {failure}", status)
+                    self.stopping = self.stopping or self._read(STOP) is not None
+                    now = self._read(f"montessori-alive-{one}") or ""
+                    last, since = seen.setdefault(one, (now, time.monotonic()))
+                    if now != last:
+                        seen[one] = now, time.monotonic()
+                    elif time.monotonic() - since > self._silence:
+                        self._leave(
+                            f"process {one} of {_here.count} has said nothing for "
+                            f"{self._silence} s: its host died or hangs"
+                        )
+            except jax.errors.JaxRuntimeError as error:
+                self._leave(f"process 0 of {_here.count} has gone ({_brief(error)})")
+
+    def _read(self, key: str) -> str | None:
+        try:
+            return self._client.key_value_try_get(key)
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" not in str(error):
+                raise
+            return None
+
+    def _leave(self, why: str, status: int = LostProcess.status) -> None:
+        if self._over.is_set():
+            return
+        if status == LostProcess.status:
+            why += (
+                "; start the job again: it goes on from the last checkpoint "
+                f"({HEARTBEAT} is how long to wait for a silent host)"
+            )
+        _end(why, status)
+
+
+def _end(why: str, status: int = LostProcess.status) -> None:
+    """End this process at once: its main thread may be inside what never ends."""
+    print(f"montessori: error: {why}", file=sys.stderr, flush=True)
+    os._exit(status)
+
+
+def _compare_versions() -> None:
+    client, mine = _client(), shared_versions()
+    if _here.index == 0:
+        client.key_value_set("montessori-versions", json.dumps(mine))
+    theirs = client.blocking_key_value_get("montessori-versions", patience() * 1000)
+    if told := difference(mine, json.loads(theirs)):
+        raise UserError(f"process {_here.index} has other versions than process 0 {told}")
+
+
+def _client() -> Any:
+    """What the processes say to each other by, beside the programs that they run."""
+    from orbax.checkpoint import multihost
+
+    return multihost.get_jax_distributed_client()
+
+
+def _seconds(name: str, default: int) -> int:
+    return _whole(name, os.environ.get(name) or str(default))
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.isdigit():
+        raise UserError(f"{name} is '{text}': give a whole number")
+    return int(text)
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

@@ -1,0 +1,1 @@
+"""What a config would take on chips that are not there: memory, communication, time, price."""

@@ -1,0 +1,195 @@
+"""A config on a target: every stage's programs compiled, and the largest settings that fit."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+from montessori_jax.config import RunConfig
+from montessori_jax.data.packing import bucket
+from montessori_jax.errors import UserError
+from montessori_jax.mesh import row_ways
+from montessori_jax.models.architecture import architecture
+from montessori_jax.plan.analysis import Compiled, compile_program
+from montessori_jax.plan.analytic import Held, held
+from montessori_jax.plan.generation_programs import generation_programs
+from montessori_jax.plan.influence_programs import (
+    estimator_program,
+    exact_program,
+    gradient_program,
+)
+from montessori_jax.plan.programs import Program, dpo_programs, evaluation_program, sft_program
+from montessori_jax.plan.search import Largest, largest
+from montessori_jax.plan.shapes import Planned, meshes
+from montessori_jax.plan.stages import (
+    GROUPS,
+    Recipe,
+    Stages,
+    Use,
+    gathered,
+    groups_of,
+    stages_of,
+)
+from montessori_jax.plan.targets import Target
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found.
+
+    Attributes:
+        config: the settings.
+        target: the chips.
+        stages: what an iteration does, of the stages that were asked for.
+        compiled: each program, in the order of the loop; none for GPUs.
+        counted: bytes by counting alone, for GPUs.
+        largest: settings that were searched for.
+        shapes: sizes of the meshes, by use.
+    """
+
+    config: RunConfig
+    target: Target
+    stages: Stages | None = None
+    compiled: tuple[Compiled, ...] = ()
+    counted: tuple[Held, ...] = ()
+    largest: tuple[Largest, ...] = field(default=())
+    shapes: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def too_large(self) -> list[Compiled | Held]:
+        """What an iteration of the loop runs and does not fit."""
+        limit = self.target.chip.memory
+        compiled = [one for one in self.compiled if one.program.runs and not one.fits(limit)]
+        return [*compiled, *(one for one in self.counted if one.runs and one.total > limit)]
+
+
+def make_plan(
+    config: RunConfig,
+    target: Target,
+    *,
+    stages: Iterable[str] = GROUPS,
+    search: bool = False,
+    quick: bool = False,
+    told: Callable[[Compiled], None] = lambda one: None,
+) -> Plan:
+    """Compile every program of the config's stages for ``target``; for GPUs count what they hold.
+
+    Args:
+        config: the settings.
+        target: of `parse_target`.
+        stages: of `GROUPS`, which ones.
+        search: also look for the largest micro-batches, block and length, a few more programs each.
+        quick: see `compile_program`.
+        told: given each program as it is compiled.
+
+    Raises:
+        UserError: the mesh does not divide the target or a model, or a stage is not known.
+    """
+    wanted = list(stages)
+    for stage in wanted:
+        if stage not in GROUPS:
+            raise UserError(f"stage '{stage}' is not known; choose {', '.join(GROUPS)}")
+    found = stages_of(config)
+    found.uses = [use for use in found.uses if use.group in wanted]
+    if set(wanted) != set(GROUPS):
+        planned_groups = {use.group for use in found.uses}
+        missing = [stage for stage in wanted if stage not in planned_groups]
+        found.skip("this config has no program of it", *missing)
+    student = architecture(config.student)
+    # A teacher behind an address has no shapes here, and no program.
+    teacher = architecture(config.teacher) if found.teacher_needed else student
+    if target.topology is None:
+        return Plan(config, target, found, counted=tuple(held(found, teacher, student, target)))
+    planned = Planned(config, teacher, student, *meshes(config.mesh, target))
+    shapes = {
+        "training": dict(planned.training.shape),
+        "influence": dict(planned.influence.shape),
+        "generation, of each host": dict(planned.sampling.shape),
+    }
+    compiled = []
+    for program in programs_of(planned, found.uses):
+        compiled.append(compile_program(program, quick=quick))
+        told(compiled[-1])
+    plan = Plan(config, target, found, tuple(compiled), shapes=shapes)
+    return replace(plan, largest=tuple(find_largest(planned, plan, quick))) if search else plan
+
+
+def programs_of(planned: Planned, uses: Iterable[Use]) -> list[Program]:
+    """The programs of some stages, each once, in the order of the loop."""
+    found = []
+    for shared in gathered(planned.config, uses):
+        amount = sum(use.amount for use in shared)
+        by_stage: dict[str, float] = {}
+        for use in shared:
+            by_stage[use.stage] = by_stage.get(use.stage, 0.0) + use.amount
+        for program in _build(planned, shared[0].recipe, amount):
+            runs = {name: program.runs * part / (amount or 1) for name, part in by_stage.items()}
+            found.append(replace(program, stage=groups_of(shared), stages=runs))
+    return found
+
+
+def _build(planned: Planned, recipe: Recipe, amount: float) -> list[Program]:
+    """The programs of a recipe, for an amount as `Use` has it."""
+    kind, section, samples = recipe
+    if kind == "write":
+        return generation_programs(planned, section, samples, amount)
+    if kind == "train":
+        return [sft_program(planned, section, amount)]
+    if kind == "dpo":
+        return dpo_programs(planned, amount)
+    if kind == "gradient":
+        return [gradient_program(planned, amount)]
+    if kind == "score":
+        return [estimator_program(planned, section, amount)]
+    if kind == "audit":
+        true = replace(planned.config.influence, preset="corrected", precision="float32")
+        true_config = replace(planned.config, influence=true)
+        return [estimator_program(planned._replace(config=true_config), section, amount)]
+    return [evaluation_program(planned, amount, warm=section == "warmup")]
+
+
+def find_largest(planned: Planned, plan: Plan, quick: bool = False) -> Iterable[Largest]:
+    """The largest value of each setting that decides memory, the others as they are."""
+    config, limit = planned.config, plan.target.chip.memory
+
+    def rows(stage: str, value: int) -> Planned:
+        ways = row_ways(planned.training)
+        section = replace(getattr(config, stage), micro_batch=value, batch_size=value * ways)
+        return planned._replace(config=replace(config, **{stage: section}))
+
+    def longer(value: int) -> Planned:
+        section = replace(config.sft, max_length=bucket(value))
+        return planned._replace(config=replace(config, sft=section))
+
+    # Lengths are whole blocks of the attention kernels.
+    searched: list[tuple[str, str, int, int, Callable[[int], Program]]] = [
+        ("sft", "micro_batch", config.sft.micro_batch, 1,
+         lambda n: sft_program(rows("sft", n), "sft", 1.0)),
+        ("sft", "max_length", bucket(config.sft.max_length), 128,
+         lambda n: sft_program(longer(n), "sft", 1.0)),
+        ("dpo", "micro_batch", config.dpo.micro_batch, 1,
+         lambda n: dpo_programs(rows("dpo", n), 1.0)[1]),
+        ("influence", "block", config.influence.block or 1, 1,
+         lambda n: exact_program(planned, n)),
+    ]  # fmt: skip
+    groups = {use.group for use in plan.stages.uses} if plan.stages else set()
+    for stage, name, value, step, build in searched:
+        if stage not in groups:
+            continue
+
+        rounded = bucket if name == "max_length" else int  # rows are as long as their bucket
+
+        @cache
+        def compiled(value: int, build: Callable[[int], Program] = build) -> float:
+            one = compile_program(build(value), quick=quick)
+            return one.needed if one.memory is not None or one.needed > limit else math.inf
+
+        def measure(
+            value: int,
+            rounded: Callable[[int], int] = rounded,
+            compiled: Callable[[int], float] = compiled,
+        ) -> float:
+            return compiled(rounded(value))
+
+        if (needed := measure(value)) <= limit:
+            found = largest(f"{stage}.{name}", value, int(needed), measure, limit, step=step)
+            yield replace(found, value=rounded(found.value))

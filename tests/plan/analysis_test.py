@@ -1,0 +1,56 @@
+"""What compiling for absent chips leaves alone."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from montessori_jax.plan.analysis import compile_program
+from montessori_jax.plan.programs import Program
+from montessori_jax.plan.targets import parse_target
+from montessori_jax.plan.topology import topology_devices
+
+pytestmark = pytest.mark.skipif(
+    find_spec("libtpu") is None, reason="needs libtpu: montessori-jax[tpu-plan]"
+)
+
+
+@pytest.fixture
+def kept(tmp_path: Path):
+    """A folder where JAX keeps every program that it compiles."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    reset_cache()
+    for name, value in zip(names, (str(tmp_path), 0.0), strict=True):
+        jax.config.update(name, value)
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+def test_programs_for_absent_chips_are_not_kept(kept: Path):
+    """One that was kept cannot be loaded where no chip is, and JAX warns of it each time."""
+    mesh = Mesh(np.asarray(topology_devices(parse_target("v5e:2x2"))), ("data",))
+    rows = jax.ShapeDtypeStruct(
+        (8, 128), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data"))
+    )
+
+    def trace():
+        return jax.jit(lambda x: x * 2).trace(rows)
+
+    doubled = Program("sft", "step", "step", trace, mesh, 1, 1)
+    jax.jit(lambda x: x + 3)(jnp.ones(4)).block_until_ready()
+    ours = set(kept.iterdir())
+    assert ours
+    for _ in range(2):
+        jax.clear_caches()
+        assert compile_program(doubled, quick=True).needed > 0
+    assert set(kept.iterdir()) == ours
+    jax.jit(lambda x: x + 4)(jnp.ones(4)).block_until_ready()
+    assert set(kept.iterdir()) > ours

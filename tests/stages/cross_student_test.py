@@ -1,0 +1,113 @@
+"""Several students on the same data: trained and evaluated once each, in one table."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from montessori_jax.config import EvaluationConfig, JudgeConfig, SftConfig
+from montessori_jax.costs import Meter
+from montessori_jax.data.rows import read_rows
+from montessori_jax.errors import UserError
+from montessori_jax.models.folder import load_folder
+from montessori_jax.stages.cross_student import Named, Settings, cross_student, render
+from montessori_jax.work import Work
+from tests.evaluation.tiny_student import tiny_student
+
+SETTINGS = Settings(
+    sft=SftConfig(
+        learning_rate=1e-3, final_learning_rate=1e-4, batch_size=4, micro_batch=4, rows=100,
+        max_length=64, remat="none",
+    ),
+    evaluation=EvaluationConfig(max_length=64, rows_per_pass=2),
+    judge=JudgeConfig(),
+    heldout="package:heldout",
+    num_heldout=4,
+    reference="package:reference",
+    num_reference=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Named], list[Named]]:
+    """Eight rows, and two students."""
+    place = tmp_path_factory.mktemp("cross")
+    rows = [{"instruction": f"Say {number}.", "response": f"so {number}"} for number in range(8)]
+    path = place / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [Named.of(f"few={path}")]
+    students = []
+    for number in (1, 2):
+        tiny_student(place / f"s{number}", seed=number)
+        students.append(Named.of(f"s{number}={place / f's{number}'}"))
+    return data, students
+
+
+def test_each_is_trained_and_evaluated_once(world, tmp_path: Path):
+    data, students = world
+    said: list[str] = []
+
+    def once(**changes):
+        work = Work(tmp_path / "out", 0, Meter(None, "cross"), say=said.append, quiet=True)
+        return cross_student(data, students, replace(SETTINGS, **changes), work)
+
+    found = once()
+    assert [(row["data"], row["student"]) for row in found["rows"]] == [
+        ("few", "s1"),
+        ("few", "s2"),
+    ]
+    assert {row["train"]["rows"] for row in found["rows"]} == {8} == {found["training_rows"]}
+    losses = [row["evaluation"]["reference_loss"]["loss"] for row in found["rows"]]
+    assert losses[0] != losses[1]
+    assert load_folder(tmp_path / "out/few/s2/train/student").params
+    assert json.loads((tmp_path / "out/cross_student.json").read_text()) == found
+    table = (tmp_path / "out/cross_student.md").read_text()
+    assert table == render(found)
+    assert table.splitlines()[0] == "| student | data | rows | held-out loss |"
+    assert f"| s1 | few | 8 | {losses[0]:.4f} ± " in table
+
+    # Of a run that was killed within the last evaluation, only that is done again.
+    (tmp_path / "out/few/s2/evaluate/done.json").unlink()
+    said.clear()
+    assert once() == found
+    assert ["done before" in line for line in said] == [True, True, True, False]
+    # Settings that would mix old and new are refused, and named.
+    with pytest.raises(UserError, match=r"sft\.learning_rate: 0\.001 -> 0\.002"):
+        once(sft=replace(SETTINGS.sft, learning_rate=2e-3))
+    with pytest.raises(UserError, match=r"evaluate holds work .*judge\.base_url: "):
+        once(judge=JudgeConfig(base_url="http://127.0.0.1:9/v1"))
+    # Rows are told by what they say.
+    rows = [{"instruction": f"Ask {number}.", "response": "yes"} for number in range(4)]
+    own = tmp_path / "heldout.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for kind in ("heldout", "reference"):
+        with pytest.raises(UserError, match=rf"evaluate holds work .*{kind}: "):
+            once(**{kind: str(own)})
+        package = read_rows(f"package:{kind}").rows
+        same = tmp_path / f"same-{kind}.jsonl"
+        asked = [{"instruction": r.instruction, "input": r.input, "response": r.response}
+                 for r in package]  # fmt: skip
+        same.write_text("".join(json.dumps(row) + "\n" for row in asked))
+        assert once(**{kind: str(same)}) == found
+
+
+def test_names_must_differ(world, tmp_path: Path):
+    data, students = world
+    work = Work(tmp_path / "out", 0, Meter(None, "cross"), quiet=True)
+    with pytest.raises(UserError, match="names repeat among s1, s1"):
+        cross_student(data, [students[0], students[0]], SETTINGS, work)
+
+
+def test_the_table_has_a_column_for_what_was_evaluated():
+    row = {"data": "d", "student": "s", "train": {"rows": 3}}
+    alpaca = {
+        "win_rate": 51.25, "standard_error": 1.5, "length_controlled_win_rate": None,
+        "length_controlled_standard_error": None,
+    }  # fmt: skip
+    bench = {"score": 4.5, "standard_error": None}
+    text = render({"rows": [{**row, "evaluation": {"alpaca_eval": alpaca, "mt_bench": bench}}]})
+    assert text.splitlines()[0].endswith(
+        "| AlpacaEval win rate, % | length-controlled, % | MT-Bench |"
+    )
+    assert text.splitlines()[2] == "| s | d | 3 | 51.2 ± 1.5 |  | 4.50 |"
