@@ -96,13 +96,11 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
             for axes, count in sorted(row["bytes_sent_by_a_chip"].items(), key=lambda x: -x[1])
             if count > GIB / 200
         )
-        # The traced arithmetic over all chips: what several places repeat comes on top.
-        least = ">= " if "gradient" in row["program"] and row["chips"] > SHARE else ""
         yield (
             f"| {row['program']} | {row['chips']} | {row['bytes_a_chip'] / GIB:.2f} GiB | "
-            f"{least}{row['flops_a_chip'] / 1e12:.1f} | "
+            f"{row['flops_a_chip'] / 1e12:.1f} | "
             f"{row['xla_flops_a_chip_loops_once'] / 1e12:.2f} | {sent or 'nothing'} | "
-            f"{least}{row['arithmetic_seconds']:.2f} s | {row['link_seconds']:.3f} s |"
+            f"{row['arithmetic_seconds']:.2f} s | {row['link_seconds']:.3f} s |"
         )
 
 

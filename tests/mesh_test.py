@@ -53,13 +53,14 @@ def test_a_reference_gradient_lies_where_the_parameters_do():
     mesh = make_mesh(MeshConfig(**MESH))
     params = jax.device_put(np.ones((8, 4), np.float32), NamedSharding(mesh, PartitionSpec("fsdp")))
     batches = jax.device_put(
-        np.arange(16, dtype=np.float32).reshape(2, 8), NamedSharding(mesh, PartitionSpec())
+        np.arange(24, dtype=np.float32).reshape(3, 8), NamedSharding(mesh, PartitionSpec())
     )
 
     def losses(params, batch):
         return jnp.sum(params**2, axis=1) * batch
 
-    one = Reference(losses, batches, np.ones((2, 8)))
+    assert len(batches) % mesh.shape["candidate"]  # no even deal
+    one = Reference(losses, batches, np.ones((3, 8)))
     gradient, along = one.gradient(params), one.hvp(params, params)
     assert gradient.sharding == along.sharding == params.sharding
     np.testing.assert_allclose(gradient[:, 0], 2 * batches.sum(axis=0))

@@ -64,6 +64,42 @@ def place_reference(batches: T, mesh: Mesh) -> T:
     return jax.tree.map(put, batches)
 
 
+def over_passes(
+    function: Callable[[Any, Any, Any, jax.Array], T], mesh: Mesh | None
+) -> Callable[[Any, Any, Any, jax.Array], T]:
+    """``function(losses, params, batches, weights)``, a sum over passes, dealt out to the places.
+
+    Each candidate's place adds up its own share of the passes, and the places add up their sums.
+    Where the passes do not divide, some come again without weight. The function itself where there
+    is but one place.
+    """
+    if mesh is None or candidate_devices(mesh) == 1:
+        return function
+    places = candidate_devices(mesh)
+
+    def summed(losses: Any, params: Any, batches: Any, weights: jax.Array) -> T:
+        own = function(losses, params, batches, weights)
+        return jax.tree.map(lambda leaf: jax.lax.psum(leaf, CANDIDATE), own)
+
+    dealt = jax.shard_map(
+        summed,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(), *[PartitionSpec(CANDIDATE)] * 2),
+        out_specs=PartitionSpec(),
+        axis_names={CANDIDATE},
+        check_vma=False,
+    )
+
+    def run(losses: Any, params: Any, batches: Any, weights: jax.Array) -> T:
+        count = len(weights)
+        again = np.arange(-(-count // places) * places) % count
+        once = np.arange(len(again)) < count
+        weights = jax.numpy.where(once.reshape(-1, *[1] * (weights.ndim - 1)), weights[again], 0)
+        return dealt(losses, params, jax.tree.map(lambda leaf: leaf[again], batches), weights)
+
+    return run
+
+
 def split_candidates(
     function: Callable[..., T],
     mesh: Mesh | None,

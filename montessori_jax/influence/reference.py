@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from montessori_jax.errors import UserError
-from montessori_jax.influence.mesh import laid_out, place_reference
+from montessori_jax.influence.mesh import laid_out, over_passes, place_reference
 from montessori_jax.influence.step import Params
 from montessori_jax.mesh import Places, fetch, in_places, places_of
 from montessori_jax.pytrees import as_argument
@@ -178,20 +178,24 @@ def gradient_of(
     """Gradient of ``sum_t weight_t loss_t``, added up batch by batch.
 
     ``places`` (of the parameters) are where the sum lies: left alone, the compiler may give every
-    device all of it.
+    device all of it. On their mesh the batches are dealt out to the candidates' places, which talk
+    once, at the end.
     """
 
-    def weighted(params: Params, batch: Any, weights: Array) -> Array:
+    def weighted(losses: BatchLosses, params: Params, batch: Any, weights: Array) -> Array:
         values = losses(params, batch)
         # Fillers are chosen away, as a filler's infinite loss times zero would be NaN.
         return jnp.sum(jnp.where(weights > 0, values * weights.astype(values.dtype), 0))
 
-    def add(total: Params, inputs: tuple[Any, Array]) -> tuple[Params, None]:
-        gradient = jax.grad(weighted)(params, *inputs)
-        return in_places(jax.tree.map(jnp.add, total, gradient), places), None
+    def summed(losses: BatchLosses, params: Params, batches: Any, weights: Array) -> Params:
+        def add(total: Params, inputs: tuple[Any, Array]) -> tuple[Params, None]:
+            gradient = jax.grad(partial(weighted, losses))(params, *inputs)
+            return in_places(jax.tree.map(jnp.add, total, gradient), places), None
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(add, zeros, (batches, weights))[0]
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(add, zeros, (batches, weights))[0]
+
+    return over_passes(summed, places and places[0].mesh)(losses, params, batches, weights)
 
 
 gradient_program = jax.jit(gradient_of, static_argnames="places")

@@ -16,7 +16,7 @@ from montessori_jax.influence.costs import costs
 from montessori_jax.influence.memory import COPIES_PER_LANE
 from montessori_jax.mesh import AXES, sizes_of
 from montessori_jax.models import Model, ModelConfig
-from montessori_jax.plan.stages import Recipe, Stages, gathered, groups_of
+from montessori_jax.plan.stages import AUDIT, Recipe, Stages, gathered, groups_of
 from montessori_jax.plan.targets import Target
 from montessori_jax.plan.work import WRITTEN, work_of, written_as
 from montessori_jax.training.losses import CHUNK
@@ -148,8 +148,11 @@ class _Counting:
             return self.training(section, model, 1, amount)
         if kind == "dpo":
             return self.training("dpo", self.teacher, 2, amount)
-        if kind in ("gradient", "score", "audit"):
+        if kind in ("gradient", "score"):
             return self.influence(section, amount)
+        if kind == "audit":
+            one = self.influence(section, amount)
+            return replace(one, name=f"{AUDIT}, {one.name}")
         return self.losses(section, amount)
 
     def training(self, section: str, model: ModelConfig, factor: int, amount: float) -> Held:

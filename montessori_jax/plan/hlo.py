@@ -83,7 +83,7 @@ def collectives(
     computations = dict(_computations(text))
     runs = _runs(text, computations, unknown_trips)
     found: dict[tuple[str, tuple[str, ...], str, bool], list[float]] = defaultdict(lambda: [0, 0.0])
-    seen: set[tuple[str, str, bool]] = set()
+    homes: dict[tuple[str, ...], str] = {}
     for name, instructions in computations.items():
         types = {one.name: one.type for one in instructions}
         for one in instructions:
@@ -93,12 +93,13 @@ def collectives(
                 kind = _named(between[1])
             if kind not in KINDS or not runs.get(name):
                 continue
-            # An asynchronous one is cut into steps, each with the whole instruction in it.
+            # An asynchronous one is cut into steps: computations that have the whole instruction
+            # each. A channel alone does not name it: those of a shard_map share one.
             channel = re.search(r"channel_id=(\d+)", one.text)
-            known = (kind, channel[1] if channel else one.name, between is not None)
-            if channel and known in seen:
+            written = re.search(r'op_name="([^"]*)"', one.text)
+            known = (kind, channel[1] if channel else "", written[1] if written else "")
+            if channel and homes.setdefault((*known, between[0] if between else ""), name) != name:
                 continue
-            seen.add(known)
             operands = re.findall(r"%([\w.\-]+)", one.text[: one.text.index(")")])
             arrays = [array for operand in operands for array in _arrays(types.get(operand, ""))]
             if not arrays:

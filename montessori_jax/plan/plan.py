@@ -22,6 +22,7 @@ from montessori_jax.plan.programs import Program, dpo_programs, evaluation_progr
 from montessori_jax.plan.search import Largest, largest
 from montessori_jax.plan.shapes import Planned, meshes
 from montessori_jax.plan.stages import (
+    AUDIT,
     GROUPS,
     Recipe,
     Stages,
@@ -143,7 +144,8 @@ def _build(planned: Planned, recipe: Recipe, amount: float) -> list[Program]:
     if kind == "audit":
         true = replace(planned.config.influence, preset="corrected", precision="float32")
         true_config = replace(planned.config, influence=true)
-        return [estimator_program(planned._replace(config=true_config), section, amount)]
+        program = estimator_program(planned._replace(config=true_config), section, amount)
+        return [replace(program, name=f"{AUDIT}, {program.name}")]
     return [evaluation_program(planned, amount, warm=section == "warmup")]
 
 

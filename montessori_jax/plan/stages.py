@@ -19,6 +19,7 @@ GROUPS = (
     *("dpo", "bootstrap", "sft", "evaluation"),
 )
 ON_THE_HOST = "no program: tables on the host"
+AUDIT = "audit in float32"  # of an estimator that measures in less
 # The settings of training that decide what a step's program is, its constants aside.
 SHAPING = (
     *("optimizer", "moments_dtype", "batch_size", "micro_batch", "max_length", "dtype", "remat"),

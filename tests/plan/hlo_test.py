@@ -126,6 +126,24 @@ def test_groups_given_by_counting():
     assert np.isclose(one.sent, 32 * 2 * 3 / 4)
 
 
+SHARED = """ENTRY %main.1 (q: f32[16], r: f32[32]) -> f32[32] {
+  %q = f32[16]{0:T(128)} parameter(0)
+  %r = f32[32]{0:T(128)} parameter(1)
+  %psum.1 = f32[16]{0:T(128)} all-reduce(%q), channel_id=1, replica_groups={{0,1},{2,3}}, \
+use_global_device_ids=true, to_apply=%add, metadata={op_name="jit(f)/shard_map/psum"}
+  %psum.2 = f32[32]{0:T(128)} all-reduce(%r), channel_id=1, replica_groups={{0,1},{2,3}}, \
+use_global_device_ids=true, to_apply=%add, metadata={op_name="jit(f)/shard_map/psum"}
+  ROOT %s = f32[32]{0:T(128)} copy(%psum.2)
+}
+"""
+
+
+def test_collectives_of_a_shard_map_share_a_channel():
+    shape = {"candidate": 1, "data": 2, "fsdp": 2, "tensor": 1}
+    [one] = collectives(SHARED, shape)
+    assert (one.axes, one.count, one.sent) == (("fsdp",), 2, 64 + 128)
+
+
 SLICES = """ENTRY %main.1 (q: f32[16]) -> f32[16] {
   %q = f32[16]{0:T(128)} parameter(0)
   %token.1 = token[] after-all()

@@ -88,6 +88,30 @@ def test_candidates_have_nothing_to_say_to_each_other(method: str):
     assert (one.kernels > 0) == (method == "exact")  # forward mode needs the plain attention
 
 
+def test_a_reference_gradient_is_summed_over_places_once():
+    one = compiled("influence", "reference gradient", "influence.method=first_order")
+    assert one.fits(TARGET.chip.memory)
+    places = one.program.mesh.shape[CANDIDATE]
+    across = [talk for talk in one.collectives if CANDIDATE in talk.axes]
+    assert {(talk.kind, talk.axes) for talk in across} == {("all-reduce", (CANDIDATE,))}
+    # A chip's quarter of the gradients, in float32, to and from the other places.
+    once = 4 * PARAMETERS / 4 * 2 * (places - 1) / places
+    assert sum(talk.sent for talk in across) == pytest.approx(once, rel=0.01)
+    # 17 passes are dealt out to 4 places, 5 each: no other repetition (and every layer twice).
+    assert one.products.flops / one.program.model_flops < 20 / 17 * 1.5
+
+
+def test_programs_have_names_of_their_own():
+    config = load_run_config(
+        CONFIG, ["mesh.fsdp=4", "influence.method=exact", "influence.precision=bfloat16"]
+    )
+    both = architecture(config.student)
+    planned = Planned(config, both, both, *meshes(config.mesh, TARGET))
+    names = [(one.stage, one.name) for one in programs_of(planned, stages_of(config).uses)]
+    assert ("influence", "audit in float32, exact: candidates") in names
+    assert len(set(names)) == len(names)
+
+
 def test_a_decode_step():
     one = compiled("generation", "responses: decode")
     assert one.fits(TARGET.chip.memory)
