@@ -5,11 +5,9 @@ leaves; the others write the same into a folder of their own, which goes away. A
 does anything, and JAX's distributed runtime is not started.
 """
 
-import contextlib
 import json
 import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from montessori_jax.cluster_watch import LOOK_SECONDS, Limits, Watch, brief, end_process
 from montessori_jax.errors import Interrupted, LostProcess, UserError
 from montessori_jax.versions import difference, shared_versions
 
@@ -29,14 +28,13 @@ COORDINATOR, PROCESSES, PROCESS = (
     "MONTESSORI_PROCESSES",
     "MONTESSORI_PROCESS",
 )
-DETECT, PATIENCE, HEARTBEAT = (
+DETECT, PATIENCE, HEARTBEAT, STALL = (
     "MONTESSORI_CLUSTER",
     "MONTESSORI_BARRIER_SECONDS",
     "MONTESSORI_HEARTBEAT_SECONDS",
+    "MONTESSORI_STALL_SECONDS",
 )
 EXCHANGED_BYTES = 1 << 18  # of each process at a time
-STOP = "montessori-stop"
-LOOK_SECONDS = 1.0  # between two looks at the others
 # What a collective operation says when the process at the other end has gone.
 GONE = re.compile(
     r"Connection closed by peer|Connection reset|Broken pipe|heartbeat|coordination service|"
@@ -52,7 +50,7 @@ class _Place:
     index: int = 0
     count: int = 1
     barriers: int = 0
-    watch: "_Watch | None" = None
+    watch: Watch | None = None
 
 
 _here = _Place()
@@ -109,7 +107,7 @@ def join() -> None:
     if jax.distributed.is_initialized():
         return
     wait = min(patience(), 300)
-    # Else JAX ends this process by a stack trace when another one has gone; `_Watch` says which.
+    # Else JAX ends this process by a stack trace when another one has gone; `Watch` says which.
     jax.config.update("jax_enable_recoverability", True)
     # Its handler of SIGTERM would take the place of ours, which saves and stops.
     jax.config.update("jax_enable_preemption_service", False)
@@ -119,7 +117,7 @@ def join() -> None:
         f"{COORDINATOR}, {PROCESSES} and {PROCESS} say who is where"
     )
     alarm = threading.Timer(
-        wait, _end, [f"the processes of this job did not meet{where} in {wait} s: {advice}"]
+        wait, end_process, [f"the processes of this job did not meet{where} in {wait} s: {advice}"]
     )
     alarm.daemon = True
     alarm.start()
@@ -131,13 +129,13 @@ def join() -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise LostProcess(
-            f"the processes of this job did not meet{where} ({_brief(error)}): {advice}"
+            f"the processes of this job did not meet{where} ({brief(error)}): {advice}"
         ) from None
     finally:
         alarm.cancel()
     _here.index, _here.count = jax.process_index(), jax.process_count()
     if _here.count > 1:
-        _here.watch = _Watch(silence())
+        _here.watch = Watch(_here.index, _here.count, _client(), _limits())
         _here.watch.start()
         _compare_versions()
 
@@ -191,6 +189,12 @@ def silence() -> int:
     return _seconds(HEARTBEAT, 100)
 
 
+def moved() -> None:
+    """A sign that this process gets on; `Watch` ends a job that gives none for too long."""
+    if _here.watch is not None:
+        _here.watch.moves += 1
+
+
 def barrier(name: str) -> None:
     """Wait until all processes are here; each call pairs with the same call in the others.
 
@@ -207,9 +211,10 @@ def barrier(name: str) -> None:
     except jax.errors.JaxRuntimeError as error:
         raise LostProcess(
             f"{name}: process {_here.index} of {_here.count} waited {patience()} s for the others "
-            f"({_brief(error)}): look at the log of the one that is missing, end the job and start "
+            f"({brief(error)}): look at the log of the one that is missing, end the job and start "
             f"it again, it goes on from what is written; {PATIENCE} is how long to wait"
         ) from None
+    moved()
 
 
 def any_of(flag: bool) -> bool:
@@ -292,96 +297,16 @@ def losses_are_errors() -> Iterator[None]:
         if _here.count == 1 or not GONE.search(str(error)):
             raise
         raise LostProcess(
-            f"process {_here.index} of {_here.count} lost another one ({_brief(error)}): look at "
+            f"process {_here.index} of {_here.count} lost another one ({brief(error)}): look at "
             "the logs of the others for the first error, and start the job again: it goes on from "
             "the last checkpoint (checkpoint_every is how many steps lie between two); where all "
             f"live and one was slow, raise {HEARTBEAT} (now {silence()})"
         ) from None
 
 
-class _Watch(threading.Thread):
-    """Says that this process lives, and ends it with one line where another one no longer does.
-
-    A collective operation with a process that is gone may wait for ever: nothing else ends it.
-    """
-
-    def __init__(self, silence: int):
-        super().__init__(daemon=True, name="cluster-watch")
-        self._silence, self._over = silence, threading.Event()
-        self.stopping = False
-        self._client = _client()
-        self._others = [one for one in range(_here.count) if one != _here.index]
-
-    def end(self) -> None:
-        """Stop watching: this process has done its part."""
-        self._over.set()
-
-    def ask_to_stop(self) -> None:
-        """Have all processes know that one was asked to stop."""
-        self.stopping = True
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._client.key_value_set(STOP, "1", allow_overwrite=True)
-
-    def tell(self, failure: str, status: int) -> None:
-        """Have the others end too, and wait until they have seen it."""
-        self._over.set()
-        with contextlib.suppress(Exception):  # they may have gone first
-            told = json.dumps([failure, status])
-            self._client.key_value_set(f"montessori-failed-{_here.index}", told)
-            if _here.index == 0:  # who keeps what was told
-                time.sleep(3 * LOOK_SECONDS)
-
-    def run(self) -> None:
-        """Look every so often until the end."""
-        seen: dict[int, tuple[str, float]] = {}
-        beat = 0
-        while not self._over.wait(LOOK_SECONDS):
-            beat += 1
-            try:
-                self._client.key_value_set(
-                    f"montessori-alive-{_here.index}", str(beat), allow_overwrite=True
-                )
-                for one in self._others:
-                    told = self._read(f"montessori-failed-{one}")
-                    if told is not None:
-                        failure, status = json.loads(told)
-                        self._leave(f"process {one} of {_here.count} failed: {failure}", status)
-                    self.stopping = self.stopping or self._read(STOP) is not None
-                    now = self._read(f"montessori-alive-{one}") or ""
-                    last, since = seen.setdefault(one, (now, time.monotonic()))
-                    if now != last:
-                        seen[one] = now, time.monotonic()
-                    elif time.monotonic() - since > self._silence:
-                        self._leave(
-                            f"process {one} of {_here.count} has said nothing for "
-                            f"{self._silence} s: its host died or hangs"
-                        )
-            except jax.errors.JaxRuntimeError as error:
-                self._leave(f"process 0 of {_here.count} has gone ({_brief(error)})")
-
-    def _read(self, key: str) -> str | None:
-        try:
-            return self._client.key_value_try_get(key)
-        except jax.errors.JaxRuntimeError as error:
-            if "NOT_FOUND" not in str(error):
-                raise
-            return None
-
-    def _leave(self, why: str, status: int = LostProcess.status) -> None:
-        if self._over.is_set():
-            return
-        if status == LostProcess.status:
-            why += (
-                "; start the job again: it goes on from the last checkpoint "
-                f"({HEARTBEAT} is how long to wait for a silent host)"
-            )
-        _end(why, status)
-
-
-def _end(why: str, status: int = LostProcess.status) -> None:
-    """End this process at once: its main thread may be inside what never ends."""
-    print(f"montessori: error: {why}", file=sys.stderr, flush=True)
-    os._exit(status)
+def _limits() -> Limits:
+    stall = _seconds(STALL, 7200)
+    return Limits(HEARTBEAT, silence(), STALL, stall)
 
 
 def _compare_versions() -> None:
@@ -408,8 +333,3 @@ def _whole(name: str, text: str) -> int:
     if not text.isdigit():
         raise UserError(f"{name} is '{text}': give a whole number")
     return int(text)
-
-
-def _brief(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]

@@ -59,6 +59,7 @@ class Progress:
     def reach(self, done: int, total: int | None = None) -> None:
         """``done`` of ``total`` are done, counted from the beginning."""
         step, self.n = done - self.n, done
+        cluster.moved()
         self.total = self.total if total is None else total
         if self._bar is not None:
             self._bar.total = self.total

@@ -162,6 +162,26 @@ def test_a_process_that_is_lost_in_a_collective_is_named(kind):
     assert "Traceback" not in said
 
 
+def test_a_process_that_lives_and_never_comes_ends_the_job():
+    """Its heart beats: the other waits in a collective for what the main thread will not do."""
+    body = (
+        "cluster.moved()\n"
+        "        if me: time.sleep(60)\n"
+        "        for _ in range(5): cluster.moved(); time.sleep(0.2)\n"
+        "        cluster.any_of(True)"
+    )
+    for status, said in run(body, **{cluster.STALL: "6"}):
+        assert status == LostProcess.status, said
+        assert "nothing has got on for 6 s; process 1 of 2 is behind: look at its log" in said
+        assert cluster.STALL in said
+
+
+def test_a_job_that_gets_on_may_take_longer_than_a_part_of_it():
+    body = "for _ in range(8): time.sleep(0.5); cluster.moved()\n        cluster.barrier('end')"
+    for status, said in run(body, **{cluster.STALL: "2"}):
+        assert status == 0, said
+
+
 def test_a_barrier_has_its_patience():
     body = "me and time.sleep(6); cluster.barrier('stage one')"
     (status, said), _ = run(body, **{cluster.PATIENCE: "2"})

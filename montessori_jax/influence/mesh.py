@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from montessori_jax.mesh import CANDIDATE, DATA, FSDP, TENSOR, place
 
 T = TypeVar("T")
 
 
-def candidate_devices(mesh: Mesh | None) -> int:
+def candidate_devices(mesh: Mesh | AbstractMesh | None) -> int:
     """Over how many places candidates are split."""
     return 1 if mesh is None else mesh.shape[CANDIDATE]
 
@@ -65,7 +65,7 @@ def place_reference(batches: T, mesh: Mesh) -> T:
 
 
 def over_passes(
-    function: Callable[[Any, Any, Any, jax.Array], T], mesh: Mesh | None
+    function: Callable[[Any, Any, Any, jax.Array], T], mesh: Mesh | AbstractMesh | None
 ) -> Callable[[Any, Any, Any, jax.Array], T]:
     """``function(losses, params, batches, weights)``, a sum over passes, dealt out to the places.
 

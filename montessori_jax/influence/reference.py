@@ -195,7 +195,8 @@ def gradient_of(
         zeros = jax.tree.map(jnp.zeros_like, params)
         return jax.lax.scan(add, zeros, (batches, weights))[0]
 
-    return over_passes(summed, places and places[0].mesh)(losses, params, batches, weights)
+    mesh = places[0].mesh if places else None
+    return over_passes(summed, mesh)(losses, params, batches, weights)
 
 
 gradient_program = jax.jit(gradient_of, static_argnames="places")
