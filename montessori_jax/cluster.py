@@ -7,13 +7,14 @@ does anything, and JAX's distributed runtime is not started.
 
 import json
 import os
+import pickle
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -35,6 +36,9 @@ DETECT, PATIENCE, HEARTBEAT, STALL = (
     "MONTESSORI_STALL_SECONDS",
 )
 EXCHANGED_BYTES = 1 << 18  # of each process at a time
+TOGETHER = 256  # items that processes share out at a time; what is not asked for is not made
+S = TypeVar("S")
+T = TypeVar("T")
 # What a collective operation says when the process at the other end has gone.
 GONE = re.compile(
     r"Connection closed by peer|Connection reset|Broken pipe|heartbeat|coordination service|"
@@ -286,6 +290,23 @@ def exchange(mine: bytes) -> list[bytes]:
         for part, row in zip(parts, multihost_utils.process_allgather(piece), strict=True):
             part.append(row.tobytes())
     return [b"".join(part)[:size] for part, size in zip(parts, sizes, strict=True)]
+
+
+def shared_out(items: Sequence[S], make: Callable[[S], T]) -> Iterator[T]:
+    """``make`` of every item, in order, in all processes; each makes its share of them.
+
+    To be called by all together, with equal items; what is made is pickled.
+    """
+    if _here.count == 1:
+        yield from map(make, items)
+        return
+    for start in range(0, len(items), TOGETHER):
+        window = items[start : start + TOGETHER]
+        mine = [make(item) for item in window[_here.index :: _here.count]]
+        # From this very program in the job's other processes.
+        shares = [pickle.loads(share) for share in exchange(pickle.dumps(mine))]
+        for place in range(len(window)):
+            yield shares[place % _here.count][place // _here.count]
 
 
 @contextmanager

@@ -124,6 +124,18 @@ def test_each_is_told_what_all_have():
     assert [status for status, _ in run(body)] == [0, 0]
 
 
+def test_work_is_shared_out_and_all_have_it_in_order():
+    body = (
+        "count = cluster.TOGETHER + 3; made = []\n"
+        "        found = cluster.shared_out(range(count), lambda n: (made.append(n), 2 * n)[1])\n"
+        "        assert list(found) == [2 * n for n in range(count)]\n"
+        "        print(len(made), flush=True)"
+    )
+    for (status, said), share in zip(run(body), (130, 129), strict=True):  # of 259
+        assert status == 0, said
+        assert str(share) in said.splitlines()
+
+
 @pytest.mark.parametrize("place", ["shared", "disk-{me}"])
 def test_a_journal_is_told_to_all_on_one_disk_and_on_several(tmp_path, place):
     """An earlier job of three processes was killed before the others had told all of theirs."""

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import pickle
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from montessori_jax import cluster
@@ -13,9 +12,6 @@ from montessori_jax.data.chat import ChatError, ChatFormat, EncodedChat, fit
 from montessori_jax.data.encoded_file import EncodedFile
 from montessori_jax.data.rows import Row, RowFile, read_rows
 from montessori_jax.errors import UserError
-
-# Rows that processes share out at a time; those beyond a limit are not encoded for nothing.
-TOGETHER = 256
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,8 @@ def encode_rows(
     rows: list[Row] = []
     chats: list[EncodedChat] = []
     cut = 0
-    for row, encoded in zip(source.rows, encoded_together(source.rows, chat), strict=True):
+    together = cluster.shared_out(source.rows, partial(_encoded, chat=chat))
+    for row, encoded in zip(source.rows, together, strict=True):
         if limit is not None and len(chats) == limit:
             break
         if isinstance(encoded, str):
@@ -68,20 +65,6 @@ def encode_rows(
         causes = ", ".join(f"{reason} ({n})" for reason, n in Counter(skipped.values()).items())
         raise UserError(f"{source.source}: no usable row: {causes or 'it is empty'}")
     return EncodedRows(rows, chats, skipped, cut)
-
-
-def encoded_together(rows: Sequence[Row], chat: ChatFormat) -> Iterator[EncodedChat | str]:
-    """Every row's chat, or why it has none, in order; a process of a job encodes its share."""
-    if cluster.count() == 1:
-        yield from (_encoded(row, chat) for row in rows)
-        return
-    for start in range(0, len(rows), TOGETHER):
-        window = rows[start : start + TOGETHER]
-        mine = [_encoded(row, chat) for row in window[cluster.index() :: cluster.count()]]
-        # From this very program in the job's other processes.
-        shares = [pickle.loads(share) for share in cluster.exchange(pickle.dumps(mine))]
-        for place in range(len(window)):
-            yield shares[place % cluster.count()][place // cluster.count()]
 
 
 def _encoded(row: Row, chat: ChatFormat) -> EncodedChat | str:
@@ -109,7 +92,9 @@ class RowsOnDisk:
 def encode_to_disk(
     source: str | Path, chat: ChatFormat, folder: Path, *, limit: int | None = None
 ) -> RowsOnDisk:
-    """As `encode_each`, row by row from file to file: memory holds names and reasons alone.
+    """Every row that can be encoded, whole, from file to file: memory holds names and reasons.
+
+    The processes of a job call this together: each encodes rows of its own, and all keep all.
 
     Args:
         source: as `read_rows` takes it.
@@ -124,33 +109,27 @@ def encode_to_disk(
     failed: dict[int, str] = {}
     texts = hashlib.sha256()
 
-    def encode(row: Row) -> None:
-        conversation = row.conversation()
-        try:
-            chats.append(chat.encode(conversation))
-        except ChatError as error:
-            failed[row.index] = str(error)
-            return
-        texts.update(json.dumps([row.index, conversation], ensure_ascii=False).encode())
+    waiting: list[Row] = []
 
-    read = read_rows(source, limit=limit, on_row=encode)
+    def encode() -> None:
+        for row, encoded in zip(
+            waiting, cluster.shared_out(waiting, partial(_encoded, chat=chat)), strict=True
+        ):
+            if isinstance(encoded, str):
+                failed[row.index] = encoded
+                continue
+            chats.append(encoded)
+            texts.update(json.dumps([row.index, row.conversation()], ensure_ascii=False).encode())
+        waiting.clear()
+
+    def wait(row: Row) -> None:
+        waiting.append(row)
+        if len(waiting) == cluster.TOGETHER:
+            encode()
+
+    read = read_rows(source, limit=limit, on_row=wait)
+    encode()
     rows = [row for row in read.rows if row.index not in failed]
     texts.update(json.dumps([row.id for row in rows], ensure_ascii=False).encode())
     reasons = {bad.index: bad.reason for bad in read.bad} | failed
     return RowsOnDisk(read, rows, chats, reasons, texts.hexdigest()[:16])
-
-
-def encode_each(
-    source: RowFile, chat: ChatFormat
-) -> tuple[list[Row], list[EncodedChat], dict[int, str]]:
-    """Every row that can be encoded, whole; and a reason for each that cannot, by its index."""
-    rows: list[Row] = []
-    chats: list[EncodedChat] = []
-    reasons = {bad.index: bad.reason for bad in source.bad}
-    for row in source.rows:
-        try:
-            chats.append(chat.encode(row.conversation()))
-            rows.append(row)
-        except ChatError as error:
-            reasons[row.index] = str(error)
-    return rows, chats, reasons

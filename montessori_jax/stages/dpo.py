@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from montessori_jax import cluster
 from montessori_jax.config import DpoConfig, as_dict
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.tables import Table, read_table
@@ -36,28 +37,33 @@ def encode_pairs(
 
     ``prompt`` is a list of chat messages (or that as JSON), or plain text; ``prefill`` how the
     answer was made to begin; ``chosen`` and ``rejected`` are texts, or lists of one assistant
-    message.
+    message. The processes of a job call this together: each encodes rows of its own.
     """
     pairs: list[EncodedPair] = []
-    skipped: dict[str, int] = {}
-    for number, row in enumerate(rows):
-        try:
-            prompt, prefill = prompt_of(row["prompt"]), row.get("prefill") or ""
-            chosen, rejected = _answer(row["chosen"]), _answer(row["rejected"])
-        except (KeyError, TypeError, ValueError) as error:
-            cause = f"malformed ({' '.join(str(error).split())[:60]})"
-            skipped[cause] = skipped.get(cause, 0) + 1
-            continue
-        pairs.append(
-            EncodedPair(
-                f"{row.get('prompt_id', '')}#{number}",
-                chat.encode_answer(prompt, chosen, prefill=prefill),
-                chat.encode_answer(prompt, rejected, prefill=prefill),
-            )
-        )
+    skipped: Counter[str] = Counter()
+    numbered = list(enumerate(rows))
+    for encoded in cluster.shared_out(numbered, lambda one: _encoded_pair(*one, chat)):
+        if isinstance(encoded, str):
+            skipped[encoded] += 1
+        else:
+            pairs.append(encoded)
     if not pairs:
-        raise UserError(f"{origin}: no usable pair: {skipped}")
-    return pairs, skipped
+        raise UserError(f"{origin}: no usable pair: {dict(skipped)}")
+    return pairs, dict(skipped)
+
+
+def _encoded_pair(number: int, row: dict[str, Any], chat: ChatFormat) -> EncodedPair | str:
+    """A row's pair, or why it has none."""
+    try:
+        prompt, prefill = prompt_of(row["prompt"]), row.get("prefill") or ""
+        chosen, rejected = _answer(row["chosen"]), _answer(row["rejected"])
+    except (KeyError, TypeError, ValueError) as error:
+        return f"malformed ({' '.join(str(error).split())[:60]})"
+    return EncodedPair(
+        f"{row.get('prompt_id', '')}#{number}",
+        chat.encode_answer(prompt, chosen, prefill=prefill),
+        chat.encode_answer(prompt, rejected, prefill=prefill),
+    )
 
 
 def _encode_all(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from montessori_jax.data.chat import ChatError, EncodedChat
-from montessori_jax.data.encode import encode_each, encode_to_disk
+from montessori_jax.data.encode import encode_rows, encode_to_disk
 from montessori_jax.data.encoded_file import EncodedFile
 from montessori_jax.data.rows import read_rows
 from montessori_jax.errors import UserError
@@ -57,13 +57,13 @@ def test_rows_on_disk_are_those_in_memory(tmp_path):
         {"instruction": "e", "response": "f", "prompt_id": 3},
     ]
     path = write(tmp_path / "rows.jsonl", rows)
-    kept, chats, reasons = encode_each(read_rows(path), Letters())
+    kept = encode_rows(read_rows(path), Letters(), max_length=1000)
     found = encode_to_disk(path, Letters(), tmp_path)
-    for one, other in zip(found.rows, kept, strict=True):
+    for one, other in zip(found.rows, kept.rows, strict=True):
         assert (one.index, one.id, one.prompt_id) == (other.index, other.id, other.prompt_id)
         assert one.response == ""
-    assert [chat.tokens.tolist() for chat in found.chats] == [c.tokens.tolist() for c in chats]
-    assert found.reasons == reasons == {1: "no questions", 2: "instruction is empty"}
+    assert [chat.tokens.tolist() for chat in found.chats] == [c.tokens.tolist() for c in kept.chats]
+    assert found.reasons == kept.skipped == {1: "no questions", 2: "instruction is empty"}
 
 
 def test_the_content_is_that_of_texts_and_ids(tmp_path):
