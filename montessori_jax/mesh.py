@@ -46,13 +46,27 @@ def make_mesh(
 
 
 def sampling_mesh(settings: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
-    """The mesh of one process's sampler: ``tensor`` of its devices share a copy of the weights, and
-    the others have prompts of their own.
+    """The mesh of the sampler: `sampling_ways` devices share a copy of the weights, and the others
+    have prompts of their own.
 
-    ``devices`` are the process's, by default this one's.
+    ``devices`` are by default this process's, or all of the job's (`write_together`).
     """
-    layout = MeshConfig(candidate=1, tensor=settings.tensor)
-    return make_mesh(layout, devices=jax.local_devices() if devices is None else devices)
+    layout = MeshConfig(candidate=1, tensor=sampling_ways(settings))
+    if devices is None:
+        together = write_together(settings, jax.local_device_count(), jax.device_count())
+        devices = jax.devices() if together else jax.local_devices()
+    return make_mesh(layout, devices=devices)
+
+
+def sampling_ways(settings: MeshConfig) -> int:
+    """How many devices share a copy of the sampler's weights."""
+    return settings.sampler or settings.tensor
+
+
+def write_together(settings: MeshConfig, own: int, together: int) -> bool:
+    """Whether a copy of the sampler's weights takes more than a process's ``own`` devices, and the
+    job has more: so many ``together``."""
+    return own < together and sampling_ways(settings) > own
 
 
 def sizes_of(

@@ -127,6 +127,7 @@ MAIN = {
     "llm2llm_2": ("llm2llm", 2),
     "montessori_1": ("montessori", 1),
     "montessori_2": ("montessori", 2),
+    "montessori_3": ("montessori", 3),  # of figure 4
 }
 ABLATIONS = {
     "signal_judge": {"signal": "judge"},
@@ -138,6 +139,11 @@ ABLATIONS = {
     "optimise_bootstrap": {"optimise": "bootstrap"},
     "seeds_out_of_domain": {},
     "seeds_test": {},
+}
+# Alpaca-GPT4 is in domain, for all others; AlpacaEval's file is downloaded by its user.
+SEEDS = {
+    "seeds_out_of_domain": "hf:OpenAssistant/oasst1",
+    "seeds_test": "alpaca_eval.json",
 }
 # What may differ from row to row of one table.
 OWN = {"run_dir", "method", "iterations", "teacher", "generator", "signal", "optimise", "url",
@@ -164,13 +170,14 @@ def test_every_row_of_the_main_table_has_its_config(student: str):
     for name, row in rows.items():
         assert {key: as_dict(row)[key] for key in same} == {key: as_dict(base)[key] for key in same}
         assert row.data == base.data
-        assert row.run_dir.endswith(name.removesuffix("_1").removesuffix("_2"))
+        assert row.run_dir.endswith(name.rstrip("123").removesuffix("_"))
         starred = "gpt4o" in name
         assert starred == ("gpt-4o" in (row.url.prices | row.judge.prices))
         assert starred == (row.generator == "url" or bool(row.judge.base_url))
     # A second iteration goes on in the directory of the first.
     for name in ("self_reward", "self_reward_gpt4o", "llm2llm", "montessori"):
         assert replace(rows[f"{name}_2"], iterations=1) == rows[f"{name}_1"]
+    assert replace(rows["montessori_3"], iterations=1) == rows["montessori_1"]
 
 
 def test_every_row_of_the_ablations_has_its_config():
@@ -180,9 +187,36 @@ def test_every_row_of_the_ablations_has_its_config():
     for name, row in rows.items():
         expected = {"signal": "influence", "optimise": "instruction", **ABLATIONS[name]}
         assert {"signal": row.signal, "optimise": row.optimise} == expected
-        assert (row.data == plain.data) != name.startswith("seeds_")
+        assert row.data.seeds == SEEDS.get(name, "hf:vicgalle/alpaca-gpt4")
+        assert replace(row.data, seeds=plain.data.seeds) == plain.data
         assert row.run_dir.endswith(f"ablations/{name}")
         same = as_dict(plain).keys() - OWN
         assert all(as_dict(row)[key] == as_dict(plain)[key] for key in same)
+    assert {name for name in rows if name.startswith("seeds_")} == SEEDS.keys()
+    # What headers and docs/methods.md say of the teachers' budgets, 78% of candidates kept.
+    probed = round((1 - plain.warmup_fraction) * plain.generation.prompts)
+    rows_of_all = 0.78 * plain.generation.prompts * plain.generation.samples
+    assert (probed, plain.preferences.rule) == (2250, "sign")
+    assert 0.78 * probed * plain.generation.samples == pytest.approx(7000, rel=0.01)
+    assert rows_of_all == pytest.approx(9400, rel=0.01)
+    assert (plain.generation.samples // 2) ** 2 == 4 == plain.competing_responses
     tuned = rows["optimise_bootstrap"]
     assert tuned.bootstrap.lora_rank == tuned.dpo.lora_rank
+
+
+def test_the_figures_along_training_have_their_config():
+    curve = rows_of("figures")["teacher_curve"]
+    plain = rows_of("main/llama3_8b")["montessori_1"]
+    assert curve.dpo.keep_every > 0
+    assert curve.curve.prompts > 0
+    assert curve.curve.student_states > 0
+    changed = {"run_dir": curve.run_dir, "compare_self_instruct": True, "curve": curve.curve}
+    assert replace(plain, dpo=replace(plain.dpo, keep_every=500), **changed) == curve
+    # As the header counts: 5% of the paper's pairs are held out, 78% of candidates remain.
+    steps = math.ceil(6792 * (1 - curve.preferences.heldout_fraction) / curve.dpo.batch_size)
+    kept = list(range(curve.dpo.keep_every, steps, curve.dpo.keep_every))
+    assert (len(kept), len([0, *kept, steps])) == (6, 8)
+    rows = 0.78 * curve.curve.prompts * curve.generation.samples
+    assert rows == pytest.approx(2500, rel=0.01)
+    assert 8 * rows == pytest.approx(2 * curve.sft.rows, rel=0.01)
+    assert math.ceil(curve.sft.rows / curve.sft.batch_size) == 313

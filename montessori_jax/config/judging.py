@@ -47,6 +47,11 @@ class MtBenchConfig:
 
     questions: str = setting("", "FastChat's question.jsonl")
     judge_prompts: str = setting("", "FastChat's judge_prompts.jsonl")
+    references: str = setting(
+        "",
+        "FastChat's reference_answer/gpt-4.jsonl, reference answers for math, reasoning and "
+        "coding; empty: those in the questions' file",
+    )
     num_questions: int = setting(0, "questions used, the first ones; 0: all", ge=0)
     baseline: str = setting("", "also pairwise against: a model, or RUN[:iteration[:student]]")
     judge_tokens: int = setting(2048, "longest judgement, in tokens", ge=1)

@@ -23,3 +23,9 @@ class MeshConfig:
     tensor: int = setting(
         1, "devices that split every layer's heads, feed-forward and vocabulary", ge=1
     )
+    sampler: int = setting(
+        0,
+        "devices that split the built-in sampler's teacher as tensor does; more than a host has: "
+        "all hosts write each text together; 0: as tensor",
+        ge=0,
+    )

@@ -6,7 +6,7 @@ Zheng et al. 2023 (arXiv 2306.05685); temperatures, categories and gradings as i
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from montessori_jax.config import MtBenchConfig
@@ -54,7 +54,7 @@ Dialogue = tuple[str, str]
 
 @dataclass(frozen=True)
 class MtQuestion:
-    """One question; ``references`` are "" where its file has none."""
+    """One question; ``references`` are "" where there are none."""
 
     id: str
     category: str
@@ -97,6 +97,37 @@ def read_questions(path: str, count: int) -> list[MtQuestion]:
     return made[: count or None]
 
 
+def with_references(questions: Sequence[MtQuestion], path: str) -> list[MtQuestion]:
+    """The questions with the reference answers of a FastChat ``reference_answer/MODEL.jsonl``.
+
+    FastChat grades `WITH_REFERENCE` by these, not by the ``reference`` of a question's row.
+
+    Raises:
+        UserError: the file cannot be read, a row is no answer in two turns, or a question of
+            `WITH_REFERENCE` has none.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for number, record in open_records(path).items:
+        try:
+            assert isinstance(record, dict)
+            first, second = record["choices"][0]["turns"]
+            found[str(record["question_id"])] = (str(first), str(second))
+        except (AssertionError, IndexError, KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{path}: row {number} is no answer in two turns (question_id, choices[0].turns): "
+                "give FastChat's reference_answer/gpt-4.jsonl"
+            ) from None
+    made = [
+        replace(one, references=found.get(one.id, ("", ""))) if one.category in WITH_REFERENCE
+        else one
+        for one in questions
+    ]  # fmt: skip
+    missing = [one.id for one in made if one.category in WITH_REFERENCE and one.id not in found]
+    if missing:
+        raise UserError(f"{path}: no reference answer to question {', '.join(missing)}")
+    return made
+
+
 def mt_bench(context: Context) -> Result:
     """The evaluation ``mt_bench``.
 
@@ -112,6 +143,8 @@ def mt_bench(context: Context) -> Result:
     check_judged(context.settings, context.judge, self_instruct=bool(context.self_instruct))
     judge = Judge.of(context.judge)
     questions = read_questions(settings.questions, settings.num_questions)
+    if settings.references:
+        questions = with_references(questions, settings.references)
     prompts = read_judge_prompts(
         settings.judge_prompts, SINGLE + (PAIR if settings.baseline else ())
     )

@@ -69,12 +69,13 @@ def check_judged(settings: EvaluationConfig, judging: JudgeConfig, *, self_instr
         "alpaca_eval.length_table": settings.alpaca_eval.length_table,
         "mt_bench.questions": settings.mt_bench.questions,
         "mt_bench.judge_prompts": settings.mt_bench.judge_prompts,
+        "mt_bench.references": settings.mt_bench.references,
     }
     for key, value in files.items():
         name = key.partition(".")[0]
         if name not in named:
             continue
-        if name == "mt_bench" and not value:
+        if name == "mt_bench" and not value and key != "mt_bench.references":
             raise UserError(
                 "mt_bench needs FastChat's question.jsonl and judge_prompts.jsonl: set "
                 "evaluation.mt_bench.questions and evaluation.mt_bench.judge_prompts"

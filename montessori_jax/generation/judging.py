@@ -9,7 +9,17 @@ import re
 from montessori_jax.generation.prompts import Prompt
 
 HIGHEST = 5
-_SCORE = re.compile(r"score\W{0,4}?\s*[:=]\s*\**\s*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+# "Score: 4", "**Score:** [4]", "Score (out of 5): <4>", "Score: 4/5".
+_SCALE_NAMED = r"(?:\W{0,4}(?:out of|(?:from )?0 ?(?:-|\u2013|to)) ?5)?"
+_SCORE = re.compile(
+    rf"score{_SCALE_NAMED}\W{{0,4}}?\s*[:=][\s*\[(<`\"']*(-?\d+(?:\.\d+)?)[\])>*`\"']*",
+    re.IGNORECASE,
+)
+# Behind a number: another scale, the other end of a range, an alternative, a sum, a percentage.
+_UNSURE = re.compile(
+    r"[ \t]*(?:%|(?:/|out of)(?!\s*5(?:\D|$))|(?:-|\u2013|\+|,(?=\d)|to\b|or\b)[^\w\n]*\d)",
+    re.IGNORECASE,
+)
 
 _TASK = (
     "Below are an instruction that a person gave to an AI assistant, and the assistant's response. "
@@ -45,10 +55,15 @@ def build_judge_prompt(instruction: str, response: str) -> Prompt:
 
 
 def read_score(text: str) -> float | None:
-    """The score that a judgement ends with, from 0 to 5; None where it has none.
+    """The score that a judgement ends with, from 0 to 5; None where it has none, or no clear one.
 
-    The last ``Score: N`` counts, since a judge may speak of scores before it gives its own.
+    The last line with a ``Score: N`` counts, since a judge may speak of scores before it gives its
+    own. Two different ones on that line, or one out of anything but 5, are none.
     """
-    found = _SCORE.findall(text)
-    score = float(found[-1]) if found else -1.0
+    found = list(_SCORE.finditer(text))
+    last = [one for one in found if "\n" not in text[one.start() : found[-1].start()]]
+    if any(_UNSURE.match(text, one.end()) for one in last):
+        return None
+    scores = {float(one[1]) for one in last}
+    score = scores.pop() if len(scores) == 1 else -1.0
     return score if 0 <= score <= HIGHEST else None

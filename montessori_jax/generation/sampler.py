@@ -10,7 +10,6 @@ from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,7 +20,7 @@ from montessori_jax.errors import UserError
 from montessori_jax.generation.endings import Ending, Turns, find_ending
 from montessori_jax.generation.generator import Completion, PromptRequest
 from montessori_jax.generation.slots import Written, enter, vacant, write
-from montessori_jax.mesh import mesh_of, row_ways, use_mesh
+from montessori_jax.mesh import fetch, mesh_of, place, row_ways, use_mesh
 from montessori_jax.models import Model, Params
 from montessori_jax.models.inference import unstack
 
@@ -147,7 +146,7 @@ class JaxSampler:
                         weights,
                         asked,
                         written,
-                        *jax.device_put((np.int32(slot), tokens, *numbers)),
+                        *place((np.int32(slot), tokens, *numbers), mesh),
                         samples=samples,
                         **static,
                     )
@@ -164,7 +163,7 @@ class JaxSampler:
                         asked,
                         written,
                         own,
-                        *jax.device_put((finished, np.bool_(self.refill and bool(waiting)))),
+                        *place((finished, np.bool_(self.refill and bool(waiting))), mesh),
                         chunk=CHUNK,
                         **static,
                     )
@@ -181,7 +180,7 @@ class JaxSampler:
         stop: tuple[str, ...],
     ) -> None:
         """Note how long the texts are by now, and how those ended that did since the last look."""
-        lengths, tokens, finished, finite = jax.device_get(
+        lengths, tokens, finished, finite = fetch(
             (written.lengths, written.tokens, written.finished, written.finite)
         )
         for slot, one in held.items():

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import jax
+
 from montessori_jax.config import MeshConfig, Price, ResponseConfig, SamplingConfig
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.dtypes import compute_dtype, forward_dtype
 from montessori_jax.generation.generator import Generator
 from montessori_jax.generation.sampler import JaxSampler
-from montessori_jax.mesh import sampling_mesh
+from montessori_jax.mesh import sampling_mesh, write_together
 from montessori_jax.models.sources import load_model
 
 
@@ -28,6 +30,7 @@ class Teacher:
         computes_in: a stage's ``dtype`` setting -> the dtype that it is computed in.
         price: of tokens; None where none is charged.
         seeded: whether texts are fixed by the seed.
+        together: whether the processes of a job write each text together.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Teacher:
     computes_in: Callable[[str], str]
     price: Price | None = None
     seeded: bool = True
+    together: bool = False
 
 
 class Teachers(Protocol):
@@ -86,6 +90,7 @@ class JaxTeachers:
             positions=loaded.model.config.max_position_embeddings,
             parameters=loaded.model.parameter_count(),
             computes_in=compute_dtype,
+            together=write_together(self.mesh, jax.local_device_count(), jax.device_count()),
         )
 
     def check(self, source: str) -> None:

@@ -74,20 +74,20 @@ class Reference:
 
     losses_of_batch: BatchLosses
     batches: Any
-    weights: Float[np.ndarray, "passes *tokens"] = field(repr=False)
+    weights: Float[np.ndarray, " passes *tokens"] = field(repr=False)
     gradient_losses_of_batch: BatchLosses | None = None
-    samples: Int[np.ndarray, "passes *tokens"] | None = field(default=None, repr=False)
+    samples: Int[np.ndarray, " passes *tokens"] | None = field(default=None, repr=False)
     select: Callable[[Sequence[int]], "Reference"] | None = field(default=None, repr=False)
 
-    def loss(self, token_losses: Float[np.ndarray, "passes *tokens"]) -> float:
+    def loss(self, token_losses: Float[np.ndarray, " passes *tokens"]) -> float:
         """``sum_t weight_t loss_t`` in float64."""
         counted = self.weights > 0
         return float(np.dot(self.weights[counted], token_losses[counted].astype(np.float64)))
 
     def difference(
         self,
-        before: Float[np.ndarray, "passes *tokens"],
-        after: Float[np.ndarray, "passes *tokens"],
+        before: Float[np.ndarray, " passes *tokens"],
+        after: Float[np.ndarray, " passes *tokens"],
     ) -> float:
         """``L_ref(before) - L_ref(after)``, subtracted token by token in float64."""
         return self.loss(before.astype(np.float64) - after.astype(np.float64))
@@ -98,7 +98,7 @@ class Reference:
         return int(self._owners().max()) + 1
 
     def by_sample(
-        self, token_values: Float[np.ndarray, "passes *tokens"]
+        self, token_values: Float[np.ndarray, " passes *tokens"]
     ) -> Float[np.ndarray, " samples"]:
         """``sum_t weight_t value_t`` over each sample's tokens, in float64."""
         counted = self.weights > 0
@@ -140,7 +140,7 @@ class Reference:
             return np.arange(np.count_nonzero(counted))
         return self.samples[counted]
 
-    def losses(self, params: Params) -> Float[np.ndarray, "passes *tokens"]:
+    def losses(self, params: Params) -> Float[np.ndarray, " passes *tokens"]:
         """Every token's loss, on the host, by one compiled program whatever the parameters."""
         return fetch(_losses(as_argument(self.losses_of_batch), params, self.batches))
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from montessori_jax.config import EvaluationConfig
 from montessori_jax.data.tables import read_table
 from montessori_jax.influence.regime import with_method
 from montessori_jax.loop import Loop, Result
@@ -25,6 +28,7 @@ from montessori_jax.stages.influence import influence
 from montessori_jax.work import Work
 
 Row = dict[str, Any]
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def curves(loop: Loop, tuned: str, data_of: Mapping[str, str]) -> None:
@@ -52,7 +56,11 @@ def curves(loop: Loop, tuned: str, data_of: Mapping[str, str]) -> None:
 
 
 def along_dpo(loop: Loop, tuned: str) -> list[Row]:
-    """A row for each teacher: its yield, its data's influence, its student's held-out loss."""
+    """A row for each teacher: its yield, its data's influence, its student's evaluations.
+
+    ``influence_quantiles`` are those of `QUANTILES`; ``evaluation`` is what ``evaluate-curve-STEP``
+    reported.
+    """
     last = loop.result("dpo")["steps"]
     kept = kept_teachers(Path(loop.folder("dpo")))
     teachers = {0: loop.teacher, **kept, last: tuned}
@@ -66,24 +74,42 @@ def along_dpo(loop: Loop, tuned: str) -> list[Row]:
         places[step] = loop.folder(name)
         found[step] = {"step": step, "yield": made["yield"]}
     for step, place in places.items():
-        scored = measure(f"influence-curve-{step}", loop.states("warmup"), place)
+        name = f"influence-curve-{step}"
+        scored = measure(name, loop.states("warmup"), place)
         found[step] |= {
             "influence": scored["mean"],
             "influence_error": scored["spread"] / math.sqrt(scored["scored"]),
+            "influence_quantiles": quantiles(loop.folder(f"{name}/scores.parquet")),
             "share": scored["positive_share"],
         }
     rows = min([loop.config.sft.rows, *(len(read_table(place)) for place in places.values())])
     names = {step: f"curve-{step}" for step in teachers}
     students = {name: train(loop, name, places[step], rows) for step, name in names.items()}
-    alone = replace(loop.config.evaluation, evaluations=("reference_loss",))
-    evaluate_students(loop, students, alone)
+    compared = loop.config.compare_self_instruct
+    self_instruct = loop.folder("train-untuned/student") if compared else ""
+    evaluate_students(loop, students, self_instruct, with_loss(loop.config.evaluation))
     for step, name in names.items():
-        loss = loop.result(f"evaluate-{name}")["reference_loss"]
+        evaluation = loop.result(f"evaluate-{name}")
+        loss = evaluation["reference_loss"]
         found[step] |= {
             "student_loss": loss["loss"],
             "student_loss_error": loss["standard_error"],
+            "evaluation": evaluation,
         }
     return list(found.values())
+
+
+def quantiles(scores: str) -> list[float]:
+    """`QUANTILES` of the influence in a table of scores, of the rows that have one."""
+    known = [row["influence"] for row in read_table(scores, ("influence",))]
+    found = np.quantile([one for one in known if one is not None], QUANTILES)
+    return [float(one) for one in found]
+
+
+def with_loss(settings: EvaluationConfig) -> EvaluationConfig:
+    """The run's evaluations, and the held-out loss, which every curve has."""
+    named = dict.fromkeys(("reference_loss", *settings.evaluations))
+    return replace(settings, evaluations=tuple(named))
 
 
 def along_training(loop: Loop, data_of: Mapping[str, str]) -> list[Row]:

@@ -109,14 +109,20 @@ def train_and_evaluate(loop: Loop, data_of: Mapping[str, str]) -> None:
     students = {
         name: train(loop, name, place, rows, states=states) for name, place in data_of.items()
     }
-    evaluate_students(loop, students)
+    evaluate_students(loop, students, students.get("untuned", ""))
 
 
 def evaluate_students(
-    loop: Loop, students: Mapping[str, str], settings: EvaluationConfig | None = None
+    loop: Loop,
+    students: Mapping[str, str],
+    self_instruct: str = "",
+    settings: EvaluationConfig | None = None,
 ) -> None:
     """Evaluate students by name, by the run's settings unless others are given; in the first
-    iteration also the student as it is."""
+    iteration also the student as it is.
+
+    ``self_instruct`` is the student of the untuned teacher, where there is one to compare with.
+    """
     config = loop.config
     settings = settings or config.evaluation
 
@@ -132,7 +138,7 @@ def evaluate_students(
                 judge=config.judge,
                 reference=config.data.reference,
                 num_reference=config.data.num_reference,
-                self_instruct=students.get("untuned", ""),
+                self_instruct=self_instruct,
             )
         )
 

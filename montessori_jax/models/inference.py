@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -61,7 +62,7 @@ def unstack(model: Model, params: Params, dtype: jnp.dtype | type) -> Params:
         return jax.tree_util.tree_map_with_path(take, layers)
 
     def apart(index: int) -> Params:
-        return jax.tree.map(collected, layer(params["layers"], jnp.int32(index)))
+        return jax.tree.map(collected, layer(params["layers"], np.int32(index)))
 
     weights = {
         "embedding": collected(params["embed"]["embedding"].astype(dtype)),

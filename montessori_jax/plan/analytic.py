@@ -14,7 +14,7 @@ import jax
 from montessori_jax.config import RunConfig, TrainingConfig
 from montessori_jax.influence.costs import costs
 from montessori_jax.influence.memory import COPIES_PER_LANE
-from montessori_jax.mesh import AXES, sizes_of
+from montessori_jax.mesh import AXES, sampling_ways, sizes_of, write_together
 from montessori_jax.models import Model, ModelConfig
 from montessori_jax.plan.stages import AUDIT, Recipe, Stages, gathered, groups_of
 from montessori_jax.plan.targets import Target
@@ -101,13 +101,14 @@ def held(stages: Stages, teacher: ModelConfig, student: ModelConfig, target: Tar
     """What each program of ``stages`` holds on one chip of ``target``, with the config's mesh."""
     config = stages.config
     slots = [_Slot()] * target.chips
+    own = min(target.chips, CARDS)
+    together = write_together(config.mesh, own, target.chips)
     counting = _Counting(
         config,
         teacher,
         student,
         dict(zip(AXES, sizes_of(config.mesh, "training", slots), strict=True)),
-        math.ceil(target.chips / CARDS),
-        min(target.chips, CARDS),
+        *((1, target.chips) if together else (math.ceil(target.chips / CARDS), own)),
     )
     found = []
     for shared in gathered(config, stages.uses):
@@ -218,7 +219,7 @@ class _Counting:
     def decode(self, section: str, samples: int, prompts: float) -> Held:
         """A token for all rows of a host; the prompts' own pass is spread over them."""
         settings, kind = getattr(self.config, section), WRITTEN[section]
-        model, split = Model(self.teacher), self.sizes["tensor"]
+        model, split = Model(self.teacher), sampling_ways(self.config.mesh)
         count, wide = model.parameter_count(), 4 if settings.dtype == "float32" else 2
         rows = settings.prompts_per_batch * samples
         ways = max(1, self.cards // split)  # of a host's cards, each with rows of its own
@@ -234,7 +235,7 @@ class _Counting:
         entered = here * kind.prompt / max(steps, 1)
         # All hosts do the same side by side.
         flops = 2.0 * count * (rows + entered) * self.hosts
-        lower = (f"{section}.prompts_per_batch", "mesh.tensor")
+        lower = (f"{section}.prompts_per_batch", "mesh.sampler")
         name = f"{written_as(section, samples)}: decode"
         return Held("generation", name, parts, flops, steps, lower, wide * count / split)
 

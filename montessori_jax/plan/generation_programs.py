@@ -26,8 +26,8 @@ def generation_programs(
     """Of the teacher writing by one section of the settings: the prompt's pass, and a decode step
     for all rows.
 
-    Each host writes with its own chips, for prompts of its own: texts are split over the rows of
-    its mesh, weights over ``tensor`` alone.
+    Each host writes with its own chips, for prompts of its own, or all together: texts are split
+    over the rows of the mesh, weights over ``tensor`` alone.
 
     Args:
         planned: settings, models and meshes.
@@ -77,7 +77,7 @@ def generation_programs(
     loaded = bytes_on_chip(weights(model, mesh, dtype))
     name = written_as(section, samples)
     group = "judging" if section == "judging" else "generation"
-    lower = ("mesh.tensor", f"{section}.prompts_per_batch", f"{section}.max_tokens")
+    lower = ("mesh.sampler", f"{section}.prompts_per_batch", f"{section}.max_tokens")
     return [
         Program(
             group,

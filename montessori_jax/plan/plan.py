@@ -101,10 +101,11 @@ def make_plan(
     if target.topology is None:
         return Plan(config, target, found, counted=tuple(held(found, teacher, student, target)))
     planned = Planned(config, teacher, student, *meshes(config.mesh, target))
+    writing = "generation" if planned.hosts == 1 else "generation, of each host"
     shapes = {
         "training": dict(planned.training.shape),
         "influence": dict(planned.influence.shape),
-        "generation, of each host": dict(planned.sampling.shape),
+        writing: dict(planned.sampling.shape),
     }
     compiled = []
     for program in programs_of(planned, found.uses):

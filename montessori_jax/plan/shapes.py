@@ -9,7 +9,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from montessori_jax.config import MeshConfig, RunConfig, TrainingConfig
-from montessori_jax.mesh import AXES, ROWS, make_mesh, sampling_mesh
+from montessori_jax.mesh import AXES, ROWS, make_mesh, sampling_mesh, write_together
 from montessori_jax.models import Model, ModelConfig, Params
 from montessori_jax.models.lora import LoraModel, LoraSpec
 from montessori_jax.models.sharding import moment_shardings, param_shardings
@@ -31,10 +31,12 @@ class Planned(NamedTuple):
 
 
 def meshes(settings: MeshConfig, target: Target) -> tuple[Mesh, Mesh, Mesh, int]:
-    """The meshes of training, of influence and of one host's sampler, of one device where there is
-    one; and how many hosts there are."""
+    """The meshes of training, of influence and of a sampler, of one device where there is one; and
+    how many hosts write apart, each with a sampler of its own."""
     devices = topology_devices(target)
     own, hosts = host_devices(target, devices)
+    if write_together(settings, len(own), len(devices)):
+        own, hosts = devices, 1
     one = np.array(devices[:1]).reshape((1,) * len(AXES))
     alone = Mesh(one, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     training = make_mesh(settings, "training", devices) or alone

@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -41,7 +42,20 @@ def colour(name: str | int) -> str:
 def label(text: object, longest: int = 40) -> str:
     """A text as it may be drawn: hidden characters visible, in one line, not too long."""
     plain = " ".join(visible(str(text)).split())
+    if plain.startswith("_"):  # which to matplotlib means: not in the legend
+        plain = f" {plain}"
     return plain if len(plain) <= longest else plain[: longest - 1] + "…"
+
+
+def axis_label(text: object, width: int = 38) -> str:
+    """A text as an axis may be called: in lines, without what is in brackets where it is long.
+
+    The caption has the whole.
+    """
+    plain = label(text, 240)
+    if len(plain) > width:
+        plain = plain.partition(" (")[0]
+    return "\n".join(textwrap.wrap(plain, width))
 
 
 @dataclass(frozen=True)

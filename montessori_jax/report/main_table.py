@@ -1,7 +1,7 @@
 """The main table: a row for every evaluated student of every iteration of every run."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,19 +13,6 @@ from montessori_jax.report.table import STUDENTS
 # Students of the teachers along DPO, which the curves show.
 CURVE = "curve-"
 LOSS = "held-out loss, nats a token"
-# Of each evaluation: number, standard error, column.
-MEASURES = {
-    "reference_loss": [("loss", "standard_error", LOSS)],
-    "alpaca_eval": [
-        (
-            "length_controlled_win_rate",
-            "length_controlled_standard_error",
-            "AlpacaEval, length-controlled win rate, %",
-        ),
-        ("win_rate", "standard_error", "AlpacaEval, win rate, %"),
-    ],
-    "mt_bench": [("score", "standard_error", "MT-Bench, score of 10")],
-}
 
 
 @dataclass(frozen=True)
@@ -79,6 +66,7 @@ def students(runs: Sequence[Run]) -> list[Student]:
                     continue
                 trained = iteration.result(f"train-{name}")
                 loss = result.get("reference_loss") or {}
+                limit = int(run.config.get("evaluation.harness.limit") or 0)
                 found.append(
                     Student(
                         run=run.label,
@@ -87,7 +75,7 @@ def students(runs: Sequence[Run]) -> list[Student]:
                         name=name or "student",
                         model=str(run.summary["student"]),
                         rows=int(trained.get("rows", 0)),
-                        measures=dict(measures(result)),
+                        measures=dict(measures(result, limit)),
                         by_sample=loss.get("by_sample") or (),
                     )
                 )
@@ -100,28 +88,101 @@ def students(runs: Sequence[Run]) -> list[Student]:
     return sorted(found, key=order)
 
 
-def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, Measure]]:
-    """The main numbers of an evaluation stage's result, by the names of the table's columns."""
+def measures(result: Mapping[str, Any], limit: int = 0) -> Iterator[tuple[str, Measure]]:
+    """The main numbers of an evaluation stage's result, by the names of the table's columns.
+
+    A name says all that makes a measure another one: who judged, by which prompt, against whom,
+    on how much. Numbers of one name may be compared.
+
+    Args:
+        result: what the stage reported.
+        limit: rows of each task of lm-evaluation-harness, as the run's settings have it; 0: all.
+    """
     for evaluation, found in result.items():
-        if evaluation == "lm_harness":
-            yield from _harness(found)
-        elif evaluation in MEASURES:
-            for key, error, label in MEASURES[evaluation]:
-                if found.get(key) is not None:
-                    yield label, Measure(float(found[key]), found.get(error))
+        if evaluation in MEASURES:
+            yield from MEASURES[evaluation](found)
+        elif evaluation == "lm_harness":
+            yield from _harness(found, limit)
 
 
-def _harness(found: Mapping[str, Any]) -> Iterator[tuple[str, Measure]]:
+def _reference_loss(found: Mapping[str, Any]) -> Iterator[tuple[str, Measure]]:
+    yield from _measure(LOSS, found, "loss")
+
+
+def _alpaca_eval(found: Mapping[str, Any]) -> Iterator[tuple[str, Measure]]:
+    """Both rates over all prompts, then over those that are not in the reference set."""
+    about = [_against(found.get("baseline")), _judge(found), found.get("annotator")]
+    apart = found.get("without_reference_prompts") or {}
+    fewer = f"without the {apart.get('left_out')} of the reference set"
+    prompts = _count(found, "prompts")
+    for rates, of in ((found, [prompts]), (apart, [prompts, fewer])):
+        for kind, rate, error in (
+            ("length-controlled win rate", "length_controlled_win_rate",
+             "length_controlled_standard_error"),
+            ("win rate", "win_rate", "standard_error"),
+        ):  # fmt: skip
+            label = f"AlpacaEval, {kind}, %{_bracketed(*about, *of)}"
+            yield from _measure(label, rates, rate, error)
+
+
+def _against(baseline: str | None) -> str | None:
+    # Each iteration, or student of several, has an untuned twin of its own: one name, many models.
+    own = "its own " if baseline == "self_instruct" else ""
+    return baseline and f"against {own}{baseline}"
+
+
+def _mt_bench(found: Mapping[str, Any]) -> Iterator[tuple[str, Measure]]:
+    general = found.get("without_reference")
+    fewer = f"{general} graded without a reference answer" if general else None
+    about = _bracketed(_judge(found), _count(found, "questions"), fewer)
+    yield from _measure(f"MT-Bench, score of 10{about}", found, "score")
+
+
+MEASURES: dict[str, Callable[[Mapping[str, Any]], Iterator[tuple[str, Measure]]]] = {
+    "reference_loss": _reference_loss,
+    "alpaca_eval": _alpaca_eval,
+    "mt_bench": _mt_bench,
+}
+
+
+def _measure(
+    label: str, found: Mapping[str, Any], key: str, error: str = "standard_error"
+) -> Iterator[tuple[str, Measure]]:
+    if found.get(key) is not None:
+        yield label, Measure(float(found[key]), found.get(error))
+
+
+def _judge(found: Mapping[str, Any]) -> str | None:
+    return (found.get("cost") or {}).get("judge")
+
+
+def _count(found: Mapping[str, Any], what: str) -> str | None:
+    return f"{found[what]} {what}" if what in found else None
+
+
+def _bracketed(*parts: str | None) -> str:
+    """What is known of it, in brackets."""
+    known = [part for part in parts if part]
+    return f" ({'; '.join(known)})" if known else ""
+
+
+def _harness(found: Mapping[str, Any], limit: int) -> Iterator[tuple[str, Measure]]:
     """Groups of tasks, and the tasks that are in none of them."""
     groups, tasks = found.get("groups") or {}, found.get("tasks") or {}
-    members = _members(list(groups), found.get("group_subtasks") or {})
+    children = found.get("group_subtasks") or {}
+    members = _members(list(groups), children)
     alone = {name: of for name, of in tasks.items() if name not in members}
     for name, numbers in {**groups, **alone}.items():
+        inside = _members([name], children) if name in groups else {name}
+        shots = {(tasks.get(one) or {}).get("shots") for one in inside} - {None}
+        asked = f"{shots.pop()}-shot" if len(shots) == 1 else None
+        first = f"first {limit} rows" if limit else None
         for metric, value in numbers.items():
             kind, comma, way = metric.partition(",")
             error = numbers.get(f"{kind}_stderr{comma}{way}")
             if isinstance(value, float) and not kind.endswith("_stderr"):
-                yield f"{name}: {kind}{f' ({way})' if way else ''}", Measure(value, error)
+                label = f"{name}: {kind}{_bracketed(way, asked, first)}"
+                yield label, Measure(value, error)
 
 
 def _members(groups: Sequence[str], children: Mapping[str, Sequence[str]]) -> set[str]:

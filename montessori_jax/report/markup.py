@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Controls but newline and tab, the marks that reorder text (bidirectional), invisible characters
-# and tags; the joiners U+200C and U+200D stay, as Persian and emoji are wrong without them.
+# Controls but newline and tab, the marks that reorder text (bidirectional), invisible characters,
+# tags and what XML forbids; the joiners U+200C and U+200D stay, as Persian and emoji are wrong
+# without them.
 HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e"
-    "\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+    "\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 
@@ -40,9 +41,9 @@ def json_block(name: str, value: Any) -> str:
 
 
 def slug(text: str) -> str:
-    """A name for files and anchors: ASCII letters, digits and hyphens."""
+    """A name for files and anchors: at most 80 ASCII letters, digits and hyphens."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub("[^a-z0-9]+", "-", plain).strip("-") or "unnamed"
+    return re.sub("[^a-z0-9]+", "-", plain).strip("-")[:80] or "unnamed"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Measurements that span checkpoints, models or students: JSON files of the formats below.
 
-- ``{"teacher_curve": [{"step", "yield", "influence", "influence_error", "share", "student_loss",
-  "student_loss_error"}]}``: one tuned teacher a row, by its DPO step (the paper's figures 3a-c);
-- ``{"influence_curve": [{"step", "share", "data"}]}``: the share of positive influence of
-  training data along the student's training (3d);
+- ``{"teacher_curve": [{"step", "yield", "influence", "influence_error", "influence_quantiles",
+  "share", "student_loss", "student_loss_error", "evaluation"}]}``: one tuned teacher a row, by its
+  DPO step (the paper's figures 3a-c), ``evaluation`` as an evaluation stage reports it;
+- ``{"influence_curve": [{"step", "share", "share_relative", "data"}]}``: the share of positive
+  influence of training data along the student's training (3d), and of influence above that of the
+  zero-gradient step;
 - ``{"pairs": [{"a", "b", "wins", "losses", "ties", "standard_error"}]}``: head to head, wins and
   losses being ``a``'s, the error that of its win rate in percent (figure 4): what the stage
   head_to_head writes;
@@ -26,6 +28,8 @@ NEEDED = {
     "pairs": ("a", "b", "wins", "losses", "ties"),
     "rows": ("student", "data", "evaluation"),
 }
+QUANTILES = 5
+"""Of influence, in a row of a teacher curve: at 0.05, 0.25, 0.5, 0.75 and 0.95."""
 # Where a run keeps them: its folder, an iteration's, a stage's.
 PLACES = ("*.json", "iteration-*/*.json", "iteration-*/*/*.json")
 NAMES = ("teacher_curve", "influence_curve", "head_to_head", "cross_student")
@@ -74,6 +78,11 @@ def read_measured(files: Iterable[tuple[str, Path]]) -> Measured:
             absent = [key for key in NEEDED[kind] if key not in row]
             if absent:
                 raise UserError(f"{file}: row {number} of {kind} has no {', '.join(absent)}")
+            quantiles = row.get("influence_quantiles")
+            if quantiles is not None and len(quantiles) != QUANTILES:
+                raise UserError(
+                    f"{file}: row {number} of {kind}: influence_quantiles are not {QUANTILES}"
+                )
         if name in kept[kind]:
             name = f"{name}, {_within(file)}"
         if rows:

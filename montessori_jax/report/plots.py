@@ -1,11 +1,12 @@
 """The figures of the page, each from plain numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 
-from montessori_jax.report.drawing import Figure, colour, label
+from montessori_jax.report.drawing import Figure, axis_label, colour, label
 from montessori_jax.report.lengths import Lengths
 from montessori_jax.report.markup import slug
 from montessori_jax.report.measured import Row, WinRate, win_rates
@@ -25,6 +26,8 @@ MOST_TASKS = 12
 def _legend(axes: "Axes") -> None:
     """Above the axes, where it hides nothing."""
     names = axes.get_legend_handles_labels()[1]
+    if not names:  # all are empty
+        return
     short = max(map(len, names)) <= 20
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(len(names), 2 if short else 1))
 
@@ -42,7 +45,7 @@ def forest(name: str, title: str, rows: Sequence[tuple[str, float, float | None]
         axes.set_yticks(places, [label(text) for text, _, _ in rows])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.grid(axis="x")
-        axes.set_xlabel(title)
+        axes.set_xlabel(axis_label(title))
 
     caption = "Each student, with 95% intervals where a standard error is known."
     return Figure(f"students-{slug(name)}", title, caption, draw, 0.9 + 0.28 * len(rows))
@@ -91,7 +94,7 @@ def audit(name: str, method: str, scores: Sequence[Mapping[str, Any]]) -> Figure
         axes.scatter(truth, estimate, s=18, color=colour(0), alpha=0.8, linewidths=0)
         axes.grid()
         axes.set_xlabel("exact influence, nats")
-        axes.set_ylabel(f"{method}, nats")
+        axes.set_ylabel(axis_label(f"{method}, nats"))
 
     caption = f"{name}: {len(scores)} audited samples; on the dashed line both are equal."
     return Figure(f"audit-{slug(name)}-{slug(method)}", f"Audit of {method}", caption, draw)
@@ -115,7 +118,14 @@ def lengths(kind: str, name: str, sets: Mapping[str, Lengths]) -> Figure:
         _legend(axes)
 
     caption = f"{name}. The last bin holds all that is longer."
-    return Figure(f"lengths-{kind}-{slug(name)}", f"Length of {kind}", caption, draw)
+    return Figure(
+        f"lengths-{kind}-{slug(name)}", f"Length of {kind}", caption, draw, _tall(2.9, sets)
+    )
+
+
+def _tall(height: float, sets: Sized) -> float:
+    """A figure's height in inches where its legend has a line for each of ``sets``."""
+    return height + 0.17 * max(0, len(sets) - 2)
 
 
 def root_verbs(name: str, sets: Mapping[str, RootVerbs], most: int = 15) -> Figure:
@@ -153,7 +163,11 @@ def root_verbs(name: str, sets: Mapping[str, RootVerbs], most: int = 15) -> Figu
         f"{name}. Beside each bar its most frequent objects. A root verb is found in {counts}."
     )
     return Figure(
-        f"verbs-{slug(name)}", "Root verbs and their nouns", caption, draw, 0.8 + 0.25 * len(verbs)
+        f"verbs-{slug(name)}",
+        "Root verbs and their nouns",
+        caption,
+        draw,
+        _tall(0.8 + max(0.25, 0.08 * len(sets)) * len(verbs), sets),
     )
 
 
@@ -163,17 +177,18 @@ def _any(sets: Mapping[str, RootVerbs]) -> RootVerbs:
 
 def curve(
     name: str, title: str, x_label: str, y_label: str, sets: Mapping[str, Sequence[Row]],
-    key: str, *, x_key: str = "step",
+    key: str, *, beside: tuple[str, str] = ("", ""),
 ) -> Figure:  # fmt: skip
-    """Lines over steps, with 95% intervals where rows have ``KEY_error`` (a standard error)."""
+    """Lines over steps, with 95% intervals where rows have ``KEY_error`` (a standard error).
+
+    ``beside`` is the key of a dashed line in the same colour, and what the legend adds to its name.
+    """
 
     def draw(axes: "Axes") -> None:
         for number, (title_, rows) in enumerate(sets.items()):
-            known = sorted((r for r in rows if r.get(key) is not None), key=lambda r: r[x_key])
-            x = np.array([row[x_key] for row in known], float)
-            y = np.array([row[key] for row in known], float)
-            error = np.array([row.get(f"{key}_error") or 0.0 for row in known], float)
+            x, y = _over_steps(rows, key)
             axes.plot(x, y, marker="o", markersize=3.5, color=colour(number), label=label(title_))
+            error = _over_steps(rows, key, f"{key}_error")[1]
             if error.any():
                 axes.fill_between(
                     x,
@@ -183,13 +198,56 @@ def curve(
                     alpha=0.18,
                     linewidth=0,
                 )
+            x, y = _over_steps(rows, beside[0])
+            if len(x):
+                axes.plot(
+                    x, y, marker="o", markersize=3.5, color=colour(number), linestyle="--",
+                    label=label(f"{label(title_)}{beside[1]}", 64),
+                )  # fmt: skip
         axes.grid(axis="y")
         axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        if len(sets) > 1:
+        axes.set_ylabel(axis_label(y_label))
+        if len(axes.lines) > 1:
             _legend(axes)
 
     return Figure(name, title, "", draw)
+
+
+def _over_steps(
+    rows: Sequence[Row], key: str, value: str = ""
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """Steps of the rows that have ``key``, in order, and there ``value`` (0 where it is missing),
+    by default ``key`` itself."""
+    known = sorted((row for row in rows if row.get(key) is not None), key=lambda row: row["step"])
+    steps = np.array([row["step"] for row in known], float)
+    return steps, np.array([row.get(value or key) or 0.0 for row in known], float)
+
+
+def quantiles(sets: Mapping[str, Sequence[Row]]) -> Figure:
+    """The median of influence along DPO, half of all values round it, and nine tenths of them."""
+
+    def draw(axes: "Axes") -> None:
+        for number, (title, rows) in enumerate(sets.items()):
+            known = [row for row in rows if row.get("influence_quantiles")]
+            known.sort(key=lambda row: row["step"])
+            x = [row["step"] for row in known]
+            ends = zip(*(row["influence_quantiles"] for row in known), strict=True)
+            lowest, low, middle, high, highest = (np.array(one, float) for one in ends)
+            tint = colour(number)
+            axes.plot(x, middle, marker="o", markersize=3.5, color=tint, label=label(title))
+            axes.fill_between(x, low, high, color=tint, alpha=0.18, linewidth=0)
+            for end in (lowest, highest):
+                axes.plot(x, end, color=tint, linewidth=0.7)
+        axes.axhline(0, color=colour("ink"), linewidth=0.7)
+        axes.grid(axis="y")
+        axes.set_xlabel("DPO step")
+        axes.set_ylabel("influence, nats (positive helps)")
+        if len(sets) > 1:
+            _legend(axes)
+
+    caption = "The median, a band from 25% to 75% of its data, thin lines at 5% and 95%."
+    title = "Distribution of influence of the teacher's data"
+    return Figure("teacher-influence-quantiles", title, caption, draw)
 
 
 def matrix(name: str, rows: Sequence[Row]) -> Figure:
@@ -255,7 +313,7 @@ def cross_student(
                 label=label(source),
             )
         axes.set_xticks(range(len(students)), [label(one, 18) for one in students])
-        axes.set_ylabel(metric)
+        axes.set_ylabel(axis_label(metric))
         axes.grid(axis="y")
         _legend(axes)
 

@@ -11,6 +11,8 @@ from montessori_jax.report.sections import Draw, gallery
 
 # What a stage's result calls the number of data that it worked on; the first that it has.
 DATA = ("rows", "scored", "pairs", "responses", "compared")
+# What the result of an evaluation calls it; lm-evaluation-harness's has samples by task.
+EVALUATED = {"reference_loss": "samples", "alpaca_eval": "prompts", "mt_bench": "questions"}
 
 
 def costs(runs: Sequence[Run], draw: Draw) -> str:
@@ -37,7 +39,9 @@ def costs(runs: Sequence[Run], draw: Draw) -> str:
     total = "; ".join(f"{name}, {sum(of.values()):,.0f} s" for name, of in seconds)
     remark = (
         f"In all: {total}. Iterations and attempts are added up; memory is the highest so far. A "
-        "datum is a row that was written or trained on, a scored sample, a pair, a held-out row."
+        "datum is a row that was written or trained on, a scored sample, a pair, a held-out row, a "
+        "benchmark's prompt, question or sample; a dash stands where a task has data of several "
+        "kinds, as several evaluations of one student."
     )
     return section(
         "cost", "Cost", note(remark), table("Cost by task", columns, rows),
@@ -69,12 +73,18 @@ def by_task(run: Run) -> dict[str, dict[str, float]]:
 
 
 def data_count(result: Mapping[str, Any]) -> int:
-    """How many data a stage worked on, by its result; 0 where that does not say."""
+    """How many data a stage worked on, by its result; 0 where that does not say, and where
+    several evaluations share the stage's cost, whose data differ."""
     for name in DATA:
         if isinstance(result.get(name), int):
             return int(result[name])
-    counts = [found.get("samples") for found in result.values() if isinstance(found, dict)]
-    return max((count for count in counts if isinstance(count, int)), default=0)
+    evaluations = [name for name in (*EVALUATED, "lm_harness") if name in result]
+    if len(evaluations) != 1:
+        return 0
+    found = result[evaluations[0]]
+    if evaluations == ["lm_harness"]:
+        return sum(task.get("samples") or 0 for task in found["tasks"].values())
+    return int(found.get(EVALUATED[evaluations[0]]) or 0)
 
 
 def _cost(found: Mapping[str, float]) -> list[Cell]:

@@ -64,7 +64,8 @@ class Run:
 
     @property
     def method(self) -> str:
-        return str(self.summary["method"])
+        """With what sets it apart from the method as it is."""
+        return str(self.summary["described"])
 
     @property
     def missing(self) -> list[str]:

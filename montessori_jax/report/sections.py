@@ -1,26 +1,31 @@
 """The sections of the page, each from the runs; "" where there is nothing to show."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from montessori_jax.report import plots, verbs
-from montessori_jax.report.drawing import Figure
-from montessori_jax.report.lengths import measure_lengths
+from montessori_jax.report.drawing import SERIES, Figure, label
+from montessori_jax.report.lengths import MOST, measure_lengths
 from montessori_jax.report.main_table import (
+    LOSS,
     Student,
     baseline_of,
     measures,
     paired_change,
     students,
 )
-from montessori_jax.report.markup import Cell, Column, escape, note, section, table
-from montessori_jax.report.measured import Measured, win_rates
+from montessori_jax.report.markup import Cell, Column, escape, note, section, slug, table
+from montessori_jax.report.measured import Measured, Row, win_rates
 from montessori_jax.report.run_data import Iteration, Run, iterations_of
 from montessori_jax.report.samples import SCORED, scored
 
 Draw = Callable[[Figure], str]
+MOST_ITERATIONS = 6
+"""Of a run, whose data are shown: parsing one takes some 4 s."""
 DATA = {
     "generate": "probing data",
     "synthesise-untuned": "untuned teacher",
@@ -158,23 +163,35 @@ def _short(student: Student, runs: Sequence[Run]) -> str:
 
 
 def teachers(measured: Measured, draw: Draw) -> str:
-    """Along DPO: yield, influence and the student's loss; along the student's training: shares."""
+    """Along DPO: yield, influence and evaluations; along the student's training: shares."""
     figures = []
+    curves = measured.teacher_curves
     for key, title in (
         ("yield", "Yield of the teacher"),
         ("influence", "Mean influence of its data"),
         ("share", "Share of positive influence of its data"),
         ("student_loss", "Held-out loss of its student"),
     ):
-        sets = {
-            name: rows
-            for name, rows in measured.teacher_curves.items()
-            if any(row.get(key) is not None for row in rows)
-        }
+        sets = _having(key, curves)
         if sets:
             name = f"teacher-{key.replace('_', '-')}"
             figures.append(plots.curve(name, title, "DPO step", title.lower(), sets, key))
-    shares: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    spread = _having("influence_quantiles", curves)
+    if spread:
+        figures.append(plots.quantiles(spread))
+    lines: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for name, rows in curves.items():
+        for row in rows:
+            for metric, one in measures(row.get("evaluation") or {}):
+                point = {"step": row["step"], "value": one.value, "value_error": one.error}
+                lines[metric][name].append(point)
+    lines.pop(LOSS, None)  # it is drawn above
+    for metric, found in lines.items():
+        title = f"{metric}, of its student"
+        figures.append(
+            plots.curve(f"teacher-{slug(metric)}", title, "DPO step", metric, found, "value")
+        )
+    shares: dict[str, list[Row]] = defaultdict(list)
     several = len(measured.influence_curves) > 1
     for name, rows in measured.influence_curves.items():
         for row in rows:
@@ -189,9 +206,17 @@ def teachers(measured: Measured, draw: Draw) -> str:
                 "share of positive influence",
                 shares,
                 "share",
+                beside=("share_relative", ", above the zero-gradient step"),
             )
         )
     return section("teacher", "Teacher along training", gallery(figures, draw)) if figures else ""
+
+
+def _having(key: str, curves: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
+    """The curves of which a row has ``key``."""
+    return {
+        name: rows for name, rows in curves.items() if any(row.get(key) is not None for row in rows)
+    }
 
 
 def comparisons(measured: Measured, draw: Draw) -> str:
@@ -266,21 +291,33 @@ def _audit(one: dict[str, Any]) -> list[Any]:
 def data(runs: Sequence[Run], draw: Draw, *, parse: bool) -> str:
     """Lengths of the texts and, with ``parse``, root verbs of the instructions with their nouns."""
     figures, remarks = [], []
-    for iteration, name in _latest(runs):
-        sets = _datasets(iteration)
-        if not sets:
-            continue
-        measured = {title: measure_lengths(iteration, file) for title, file in sets.items()}
-        sampled = [one for one in measured.values() if one.measured < one.rows]
+    for run in runs:
+        iterations = [one for one in run.iterations if one.datasets]
+        shown = _spread(iterations, MOST_ITERATIONS)
+        if len(shown) < len(iterations):
+            numbers = ", ".join(str(one.number) for one in shown)
+            remarks.append(
+                f"{run.label}: data of {len(shown)} of its {len(iterations)} iterations, {numbers}."
+            )
+        sampled = False
+        for together in _side_by_side(shown):
+            name = f"{run.label}, iteration {' and '.join(str(one.number) for one in together)}"
+            files = {
+                f"{label(run.label, 18)}:{iteration.number}, {title}": (iteration, file)
+                for iteration in together
+                for title, file in _datasets(iteration).items()
+            }
+            measured = {title: measure_lengths(*found) for title, found in files.items()}
+            sampled |= any(one.measured < one.rows for one in measured.values())
+            figures += [
+                plots.lengths(kind, name, measured) for kind in ("instructions", "responses")
+            ]
+            if parse and verbs.available():
+                counted = {title: verbs.root_verbs(file) for title, (_, file) in files.items()}
+                if any(one.verbs for one in counted.values()):
+                    figures.append(plots.root_verbs(name, counted))
         if sampled:
-            remarks.append(f"{name}: lengths of {sampled[0].measured:,} rows of each data set.")
-        for kind in ("instructions", "responses"):
-            figure = plots.lengths(kind, name, measured)
-            figures.append(figure)
-        if parse and verbs.available():
-            counted = {title: verbs.root_verbs(file) for title, file in sets.items()}
-            if any(one.verbs for one in counted.values()):
-                figures.append(plots.root_verbs(name, counted))
+            remarks.append(f"{run.label}: lengths of at most {MOST:,} rows of each data set.")
     if not figures:
         return ""
     if not verbs.available():
@@ -290,13 +327,24 @@ def data(runs: Sequence[Run], draw: Draw, *, parse: bool) -> str:
     return section("data", "Data", *map(note, remarks), gallery(figures, draw))
 
 
-def _latest(runs: Sequence[Run]) -> list[tuple[Iteration, str]]:
-    """The last iteration of each run that has data."""
-    found = {}
-    for run, iteration, name in iterations_of(runs):
-        if iteration.datasets:
-            found[run.label] = (iteration, name)
-    return list(found.values())
+def _spread(iterations: Sequence[Iteration], most: int) -> list[Iteration]:
+    """At most ``most``, evenly spread: the first and the last among them."""
+    places = np.unique(np.linspace(0, len(iterations) - 1, min(len(iterations), most)).round())
+    return [iterations[int(place)] for place in places]
+
+
+def _side_by_side(iterations: Sequence[Iteration]) -> list[list[Iteration]]:
+    """Iterations in order, as many in a group as one figure has colours for their data sets."""
+    groups: list[list[Iteration]] = []
+    room = 0
+    for iteration in iterations:
+        sets = len(_datasets(iteration))
+        if sets > room or not groups:
+            groups.append([])
+            room = len(SERIES)
+        groups[-1].append(iteration)
+        room -= sets
+    return groups
 
 
 def _datasets(iteration: Iteration) -> dict[str, Path]:

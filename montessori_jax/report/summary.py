@@ -4,7 +4,8 @@ from typing import Any
 
 from montessori_jax.config_file import read_yaml
 from montessori_jax.costs import read_ledger
-from montessori_jax.runs import RunDirectory
+from montessori_jax.report.method import described, tuning_stages
+from montessori_jax.runs import RunDirectory, flatten
 
 Summary = dict[str, Any]
 
@@ -12,6 +13,7 @@ Summary = dict[str, Any]
 def summarise(directory: RunDirectory) -> Summary:
     """What each stage of each iteration reported, and what it cost; None for stages not done."""
     config = read_yaml(directory.path / "config.yaml")
+    settings = flatten(config)
     iterations = []
     for folder in sorted(directory.path.glob("iteration-*"), key=_number):
         stages = {
@@ -23,6 +25,8 @@ def summarise(directory: RunDirectory) -> Summary:
     return {
         "run": directory.path.name,
         "method": config["method"],
+        "described": described(settings),
+        "tuning_stages": tuning_stages(settings),
         "teacher": config["teacher"],
         "student": config["student"],
         "iterations": iterations,

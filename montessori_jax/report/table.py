@@ -1,8 +1,9 @@
 """A summary as Markdown tables that read well in a terminal too."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from montessori_jax.report import lines
 from montessori_jax.report.lines import with_error
 from montessori_jax.report.summary import Summary
 
@@ -19,7 +20,7 @@ DEMONSTRATION_ROWS = 1000
 
 def render(summary: Summary) -> str:
     """The result of every iteration, the students side by side, and the cost of every stage."""
-    parts = [f"# {summary['run']}: {summary['method']}", ""]
+    parts = [f"# {summary['run']}: {summary['described']}", ""]
     parts += [f"Teacher `{summary['teacher']}`, student `{summary['student']}`.", ""]
     rows = 0
     baseline = None
@@ -27,7 +28,7 @@ def render(summary: Summary) -> str:
         stages = iteration["stages"]
         baseline = baseline or (stages.get("evaluate-untrained") or {}).get("reference_loss")
         parts += [f"## Iteration {iteration['iteration']}", ""]
-        parts += _table(("what", "result"), _results(stages, summary["method"]))
+        parts += _table(("what", "result"), _results(stages, summary["tuning_stages"]))
         students = _students(stages, baseline)
         if students:
             parts += ["", "Held-out reference loss of the student, in nats a token:", ""]
@@ -47,14 +48,14 @@ def render(summary: Summary) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _results(stages: dict[str, Any], method: str) -> list[tuple[str, str]]:
+def _results(stages: dict[str, Any], asked: Sequence[str]) -> list[tuple[str, str]]:
+    """A row for each result of the stages that are there, and of those that the method goes to."""
     rows: list[tuple[str, str]] = []
 
-    def add(name: str, label: str, text: Any) -> None:
-        result = stages.get(name)
-        if name not in stages and method != "montessori":
-            return  # not a stage of that method
-        rows.append((label, "not done yet" if result is None else text(result)))
+    def add(name: str, label: str, text: Callable[[dict[str, Any]], str]) -> None:
+        if name in stages or name in asked:
+            result = stages.get(name)
+            rows.append((label, "not done yet" if result is None else text(result)))
 
     add(
         "generate",
@@ -62,36 +63,32 @@ def _results(stages: dict[str, Any], method: str) -> list[tuple[str, str]]:
         lambda r: f"{r['yield']:.0%} ({r['kept']} of {r['candidates']} candidates kept)",
     )
     add("generate", "dropped, by cause", lambda r: _counts(r["dropped"]))
-    add(
-        "influence",
-        "influence",
-        lambda r: (
-            f"{r['scored']} scored by {r['method']} on {r['references']} references, "
-            f"{r['null']} not{_reasons(r['reasons'])}"
-        ),
-    )
-    add("influence", "share of positive influence", lambda r: f"{r['positive_share']:.0%}")
-    if (stages.get("influence") or {}).get("offset") is not None:
+    add("respond", "competing responses", lines.responded)
+    for end, of in (("", ""), ("-responses", " of responses")):
+        name = f"influence{end}"
+        add(name, f"influence{of}", _scored)
+        add(name, f"share of positive influence{of}", lambda r: f"{r['positive_share']:.0%}")
+        result = stages.get(name) or {}
+        if result.get("offset") is not None:
+            add(
+                name,
+                "the same relative to the zero-gradient step",
+                lambda r: f"{r['positive_share_relative']:.0%}",
+            )
+        if result.get("audit"):
+            add(name, f"audit by exact influence{of}", lambda r: _audit(r["audit"]))
+        add(f"judge{end}", f"judge's scores{of}", lines.judged)
+        add(f"losses{end}", f"student's losses{of}", lines.losses_measured)
+        add(f"random{end}", f"random scores{of}", lines.drawn)
+    for end, of in (("", ""), ("-responses", " of responses")):
+        add(f"preferences{end}", f"preference pairs{of}", _pairs)
         add(
-            "influence",
-            "the same relative to the zero-gradient step",
-            lambda r: f"{r['positive_share_relative']:.0%}",
+            f"preferences{end}",
+            f"{'instructions' if of else 'prompts'} that gave no pair",
+            lambda r: f"{r['prompts_without']} of {r['prompts']}{_reasons(r['without'])}",
         )
-    if (stages.get("influence") or {}).get("audit"):
-        add("influence", "audit by exact influence", lambda r: _audit(r["audit"]))
-    add(
-        "preferences",
-        "preference pairs",
-        lambda r: (
-            f"{r['pairs']} by rule '{r['rule']}' ({r['training']} to train on, {r['heldout']} held "
-            f"out)"
-        ),
-    )
-    add(
-        "preferences",
-        "prompts that gave no pair",
-        lambda r: f"{r['prompts_without']} of {r['prompts']}{_reasons(r['without'])}",
-    )
+    add("helpful", "helpful candidates", lambda r: f"{r['helpful']} of {r['candidates']}")
+    add("bootstrap", "fine-tuning on them", lines.trained)
     add("dpo", "DPO loss", lambda r: f"{r['first_loss']:.4f} -> {r['last_loss']:.4f}")
     if (stages.get("dpo") or {}).get("heldout_after"):
         add("dpo", "held-out reward margin", lambda r: _margin(r))
@@ -101,16 +98,25 @@ def _results(stages: dict[str, Any], method: str) -> list[tuple[str, str]]:
             lambda r: f"{r['heldout_after']['reward_accuracy']:.0%}",
         )
     add("dpo", "KL to the teacher before, last step, nats a token", lambda r: f"{r['kl']:.4f}")
-    if "similarity" in stages:
-        add(
-            "similarity",
-            "tuned teacher's texts that differ under equal seeds",
-            lambda r: (
-                f"{r['changed_share']:.0%} of {r['compared']} (mean edit distance "
-                f"{r['edit_distance']:.2f})"
-            ),
-        )
+    add(
+        "similarity",
+        "tuned teacher's texts that differ under equal seeds",
+        lambda r: (
+            f"{r['changed_share']:.0%} of {r['compared']} (mean edit distance "
+            f"{r['edit_distance']:.2f})"
+        ),
+    )
     return rows
+
+
+def _scored(r: dict[str, Any]) -> str:
+    scored = f"{r['scored']} scored by {r['method']} on {r['references']} references"
+    return f"{scored}, {r['null']} not{_reasons(r['reasons'])}"
+
+
+def _pairs(r: dict[str, Any]) -> str:
+    use = f"{r['training']} to train on, {r['heldout']} held out"
+    return f"{r['pairs']} by rule '{r['rule']}' ({use})"
 
 
 def _students(stages: dict[str, Any], baseline: dict[str, Any] | None) -> list[tuple[str, ...]]:

@@ -23,6 +23,7 @@ from montessori_jax.evaluation.requirements import check_evaluations
 from montessori_jax.host_memory import return_freed_memory
 from montessori_jax.models.sources import load_model, model_fingerprint
 from montessori_jax.report.lines import evaluated, trained
+from montessori_jax.report.main_table import measures
 from montessori_jax.runs import StageFolder, differences, value_hash, write_atomic, write_json
 from montessori_jax.seeding import derive_seed
 from montessori_jax.stages.evaluate import evaluate
@@ -31,6 +32,8 @@ from montessori_jax.stages.head_to_head import file_name
 from montessori_jax.work import Work
 
 KEY = "inputs.json"
+SELF_INSTRUCT = "self_instruct"
+"""The data set whose students are the baseline of that name: each student's own twin."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ def cross_student(
     whose prompt is longer than ``sft.max_length`` by its own tokenizer.
 
     Args:
-        data: rows with responses; for example a run's ``synthesise-tuned`` folder.
+        data: rows with responses; for example a run's ``synthesise-tuned`` folder. Where one is
+            called `SELF_INSTRUCT`, the student trained on it is what ``alpaca_eval`` compares the
+            same student on the other data with.
         students: models. Each is trained from the same draws on all data sets.
         settings: of training and evaluation.
         work: the folder that everything is written to.
@@ -92,7 +97,8 @@ def cross_student(
         names = [one.name for one in group]
         if len(set(names)) < len(names):
             raise UserError(f"names repeat among {', '.join(names)}: write NAME=... for them")
-    check_evaluations(settings.evaluation, settings.judge, self_instruct=False)
+    twins = any(one.name == SELF_INSTRUCT for one in data)
+    check_evaluations(settings.evaluation, settings.judge, self_instruct=twins)
     contents = {one.name: read_rows(one.source).require() for one in data}
     budget = min(settings.sft.rows, *(len(rows) for rows in contents.values()))
     sft = replace(settings.sft, rows=budget)
@@ -104,11 +110,16 @@ def cross_student(
         "num_reference": settings.num_reference,
         "judge": {"base_url": settings.judge.base_url, "model": settings.judge.model},
     }
+    asked = settings.evaluation
+    if twins and "alpaca_eval" in asked.evaluations and asked.alpaca_eval.baseline == SELF_INSTRUCT:
+        evaluated_on["self_instruct"] = content_hash(contents[SELF_INSTRUCT])
     rows = []
-    for one in data:
+    # The twins first, since the others are compared with them.
+    for one in sorted(data, key=lambda one: one.name != SELF_INSTRUCT):
         content = content_hash(contents[one.name])
         for student in students:
             place = work.folder / one.name / student.name
+            twin = work.folder / SELF_INSTRUCT / student.name / "train" / "student"
             key = {
                 "data": content,
                 "student": model_fingerprint(student.source),
@@ -120,7 +131,7 @@ def cross_student(
                 loaded = load_model(student.source, dtype=sft.held_dtype, mesh=mesh)
                 return finetune(loaded, one.source, sft, own)
 
-            def judge(own: Work, place: Path = place) -> dict[str, Any]:
+            def judge(own: Work, place: Path = place, twin: Path = twin) -> dict[str, Any]:
                 dtype = forward_dtype(settings.evaluation)
                 loaded = load_model(str(place / "train" / "student"), dtype=dtype, mesh=mesh)
                 return evaluate(
@@ -133,6 +144,7 @@ def cross_student(
                         judge=settings.judge,
                         reference=settings.reference,
                         num_reference=settings.num_reference,
+                        self_instruct=str(twin) if twins else "",
                     )
                 )
 
@@ -209,17 +221,26 @@ def render(result: dict[str, Any]) -> str:
         for title, about in columns.items()
         if any(about[0] in row["evaluation"] for row in result["rows"])
     }
+    tasks = [_tasks(row) for row in result["rows"]]
+    named = list(dict.fromkeys(name for own in tasks for name in own))
     lines = [
-        "| student | data | rows | " + " | ".join(shown) + " |",
-        "|---|---|---|" + "---|" * len(shown),
+        "| " + " | ".join(["student", "data", "rows", *shown, *named]) + " |",
+        "|---|---|---|" + "---|" * (len(shown) + len(named)),
     ]
-    for row in result["rows"]:
+    for row, own in zip(result["rows"], tasks, strict=True):
         cells = [row["student"], row["data"], str(row["train"]["rows"])]
         for name, value, error, digits in shown.values():
             found = row["evaluation"][name]
             cells.append(_with_error(found[value], found[error], digits))
+        cells += [own.get(name, "") for name in named]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _tasks(row: dict[str, Any]) -> dict[str, str]:
+    """What the report shows of a row's lm-evaluation-harness, by its names there."""
+    found = {name: one for name, one in row["evaluation"].items() if name == "lm_harness"}
+    return {name: str(measure) for name, measure in measures(found)}
 
 
 def _with_error(value: float | None, error: float | None, digits: int) -> str:

@@ -50,14 +50,14 @@ def sample(
 ) -> dict[str, list[dict[str, Any]]]:
     """Completions by prompt id, journalled prompt by prompt; finished ones are not asked again.
 
-    The processes of a job take every so-manieth prompt each.
+    The processes of a job take every so-manieth prompt each, or each text together.
     """
     finished = [one for record in journal.records for one in record["completions"]]
     done = {one["prompt_id"] for one in finished}
     others = {
         request.id
         for number, request in enumerate(requests)
-        if number % cluster.count() != cluster.index()
+        if not teacher.together and number % cluster.count() != cluster.index()
     }
     batches = teacher.generator.generate(
         requests, settings, samples=samples, stop=stop, seed=seed, finished=done | others
@@ -68,7 +68,7 @@ def sample(
         f"lower prompts_per_batch (now {settings.prompts_per_batch}), samples (now {samples}) or "
         f"max_tokens (now {settings.max_tokens})"
     )
-    with bar, contextlib.closing(batches), fits_in_memory(label, advice, "mesh.tensor"):
+    with bar, contextlib.closing(batches), fits_in_memory(label, advice, "mesh.sampler"):
         for batch in batches:
             # A batch is one line: a kill leaves all of it or nothing.
             made = [
@@ -94,6 +94,9 @@ def sample(
             bar.update(len(batch))
             if cluster.count() == 1:
                 work.stop.check()
+            elif teacher.together:
+                if cluster.any_of(work.stop.requested()):
+                    break
             elif cluster.told_to_stop(work.stop.requested()):
                 break  # what there is is gathered first
     journal.gather()

@@ -27,6 +27,8 @@ from tests.tiny_world import write_tiny_teacher
 # The first axis that is not 1 goes across processes: candidates in the one, weights in the other.
 MESH = {"candidate": 2, "data": 2, "fsdp": 2, "tensor": 1}
 WEIGHTS_ACROSS = ("mesh.candidate=1", "mesh.data=1", "mesh.fsdp=8")
+# On two devices each: the teacher that writes is split over both processes too.
+ALL_ACROSS = ("mesh.candidate=1", "mesh.data=1", "mesh.fsdp=4", "mesh.sampler=4")
 ITERATION = "iteration-1"
 
 
@@ -70,7 +72,11 @@ def start(
 
 
 def start_two(
-    world: Path, run: str | Path, *disks: Path, overrides: tuple[str, ...] = ()
+    world: Path,
+    run: str | Path,
+    *disks: Path,
+    overrides: tuple[str, ...] = (),
+    devices: int = 4,
 ) -> list[subprocess.Popen]:
     """Both, on ``disks`` of their own if they are given."""
     with socket.socket() as free:
@@ -79,7 +85,8 @@ def start_two(
     job = {COORDINATOR: address, PROCESSES: "2", HEARTBEAT: "15"}
     own = [[f"local_dir={disk}"] for disk in disks] or [[], []]
     return [
-        start(world, run, 4, *own[me], *overrides, **job, **{PROCESS: str(me)}) for me in range(2)
+        start(world, run, devices, *own[me], *overrides, **job, **{PROCESS: str(me)})
+        for me in range(2)
     ]
 
 
@@ -168,7 +175,8 @@ def files(folder: Path) -> set[str]:
 
 def test_processes_that_share_a_url_alone_make_the_same_run(world, one_process):
     store, disks = world / "store" / "run", [world / f"disk-{number}" for number in range(2)]
-    finish(*start_two(world, f"file://{store}", *disks, overrides=WEIGHTS_ACROSS))
+    url = f"file://{store}"
+    finish(*start_two(world, url, *disks, overrides=WEIGHTS_ACROSS))
     assert_same(store, one_process)
     kept = [{name for name in files(place) if name.startswith(ITERATION)} for place in disks]
     own = {f"{ITERATION}/{stage}/done.json" for stage in ("generate", "warmup", "influence")}
@@ -180,6 +188,15 @@ def test_processes_that_share_a_url_alone_make_the_same_run(world, one_process):
     assert not any(
         "state/" in name or CHECKPOINTS in name or "-1.jsonl" in name for name in kept[0]
     )
+
+
+@pytest.mark.slow
+def test_a_teacher_split_over_both_processes_makes_the_same_run(world, one_process):
+    run = world / "across"
+    finish(*start_two(world, run, overrides=ALL_ACROSS, devices=2))
+    assert_same(run, one_process)
+    texts = run / ITERATION / "generate"
+    assert (texts / "responses.jsonl").read_text() == (texts / "responses-1.jsonl").read_text()
 
 
 @pytest.mark.slow

@@ -2,28 +2,35 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from montessori_jax.config import AnswerConfig, MtBenchConfig
+from montessori_jax.config import AnswerConfig, EvaluationConfig, JudgeConfig, MtBenchConfig
 from montessori_jax.costs import Meter
 from montessori_jax.errors import UserError
+from montessori_jax.evaluation.context import Context
 from montessori_jax.evaluation.judge_prompts import JudgePrompt, read_judge_prompts
 from montessori_jax.evaluation.mt_bench import (
     PAIR,
     SINGLE,
+    WITH_REFERENCE,
     MtQuestion,
     answer_both_turns,
     grading,
+    mt_bench,
     pair_questions,
     read_questions,
     read_rating,
     summarise,
     summarise_both_turns,
+    with_references,
 )
+from montessori_jax.evaluation.requirements import check_evaluations
 from montessori_jax.report import lines
 from montessori_jax.work import Work
+from tests.evaluation.judge_server import JudgeServer
 from tests.evaluation.tiny_student import tiny_student
 
 # One prompt a name, which shows the fields that FastChat's has.
@@ -158,6 +165,63 @@ def test_files_of_another_kind_are_one_line(tmp_path: Path):
     file.write_text(json.dumps(prompt) + "\n")
     with pytest.raises(UserError, match=r"no prompt called single-v1, .*; it has other"):
         read_judge_prompts(str(file), SINGLE)
+
+
+def test_the_reference_answers_of_a_file_are_graded_by(shared_data, tmp_path: Path):
+    questions = read_questions(str(shared_data / "mt_bench_questions_80.jsonl"), 0)
+    graded = [one for one in questions if one.category in WITH_REFERENCE]
+    rows = [
+        {"question_id": int(one.id), "answer_id": "x", "model_id": "gpt-4", "tstamp": 1.0,
+         "choices": [{"index": 0, "turns": [f"first of {one.id}", f"second of {one.id}"]}]}
+        for one in graded
+    ]  # fmt: skip
+    file = tmp_path / "gpt-4.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = with_references(questions, str(file))
+    assert sum(one.has_reference for one in found) == len(graded) == 30
+    assert [one for one in found if one.category not in WITH_REFERENCE] == [
+        one for one in questions if one.category not in WITH_REFERENCE
+    ]
+    (coding,) = [one for one in found if one.id == "123"]  # has none in the questions' file
+    asked = [grading(PROMPTS, coding, ("a1", "a2"), turn)[-1]["content"] for turn in (1, 2)]
+    assert asked[0] == f"{coding.turns[0]}|first of 123|a1"
+    assert asked[1].startswith("first of 123|second of 123|")
+    assert summarise(found[:1], {(0, 1): 5.0, (0, 2): 5.0})["without_reference"] == 0
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows if row["question_id"] != 123))
+    with pytest.raises(UserError, match=r"gpt-4\.jsonl: no reference answer to question 123$"):
+        with_references(questions, str(file))
+    file.write_text(json.dumps({"question_id": 1, "choices": [{"turns": ["one"]}]}) + "\n")
+    with pytest.raises(UserError, match="row 1 is no answer in two turns"):
+        with_references(questions, str(file))
+
+
+def test_the_evaluation_reads_the_file_of_references(shared_data, tmp_path: Path):
+    question = {"question_id": 111, "category": "math", "turns": ["1 + 1?", "2 + 2?"]}
+    answer = {"question_id": 111, "choices": [{"turns": ["It is two.", "It is four."]}]}
+    for name, row in (("question", question), ("gpt-4", answer)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    settings = EvaluationConfig(
+        evaluations=("mt_bench",),
+        mt_bench=MtBenchConfig(
+            questions=str(tmp_path / "question.jsonl"),
+            judge_prompts=str(shared_data / "mt_bench_judge_prompts_8.jsonl"),
+            references=str(tmp_path / "gpt-4.jsonl"),
+            answers=AnswerConfig(max_tokens=4),
+        ),
+    )
+    student = tiny_student(tmp_path / "student")
+    server = JudgeServer(lambda content: "[[7]]" if "It is two." in content else "[[1]]")
+    judge = JudgeConfig(base_url=server.url, model="m", api_key_env="")
+    work = Work(tmp_path / "out", 0, Meter(None, "evaluate"), quiet=True)
+    try:
+        found = mt_bench(Context(student, settings, work, "", judge=judge))
+    finally:
+        server.close()
+    assert (found["score"], found["without_reference"]) == (7.0, 0)
+    assert sum("It is four." in one["messages"][-1]["content"] for one in server.asked) == 1
+    lost = replace(settings.mt_bench, references="no.jsonl")
+    with pytest.raises(UserError, match=r"evaluation\.mt_bench\.references: no\.jsonl does not"):
+        check_evaluations(replace(settings, mt_bench=lost), judge, self_instruct=False)
 
 
 def test_both_turns_are_answered_once_and_fit_the_student(tmp_path: Path):

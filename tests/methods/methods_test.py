@@ -20,10 +20,9 @@ from montessori_jax.methods import METHODS
 from montessori_jax.models.sources import model_fingerprint
 from montessori_jax.pipeline import stage_processes
 from montessori_jax.runs import RunDirectory
-from montessori_jax.stopping import Stop
 from tests.end_to_end.artifacts import artifacts
 from tests.end_to_end.resume_test import CONFIG
-from tests.methods.small import SMALL, go, settings, stages
+from tests.methods.small import SMALL, StopAfter, go, settings, stages
 
 SLOW = pytest.mark.slow
 
@@ -51,17 +50,6 @@ def expanded(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("llm2llm") / "run"
     go(settings(teacher, place, method="llm2llm", iterations=2))
     return place
-
-
-class StopAfter(Stop):
-    """Asks for a stop as soon as a file has so many lines."""
-
-    def __init__(self, path: Path, lines: int):
-        super().__init__()
-        self.path, self.lines = path, lines
-
-    def requested(self) -> bool:
-        return self.path.exists() and self.path.read_bytes().count(b"\n") >= self.lines
 
 
 def ends_the_same(whole: Path, config: RunConfig, iteration: int, journal: str, lines: int) -> None:
@@ -189,6 +177,11 @@ def test_llm2llm_expands_the_seeds_with_the_highest_losses(expanded):
     keys = [json.loads(path.read_text().splitlines()[0])["key"] for path in journals]
     trained = expanded / "iteration-1/train-expanded/student"
     assert keys[1]["student"] == model_fingerprint(str(trained)) != keys[0]["student"]
+
+
+def test_stopped_while_it_responds_self_reward_ends_the_same(rewarded, teacher, tmp_path):
+    config = settings(teacher, tmp_path / "run", method="self_reward", iterations=1)
+    ends_the_same(rewarded, config, 1, "respond/responses.jsonl", 3)
 
 
 def test_stopped_while_it_judges_self_reward_ends_the_same(rewarded, teacher, tmp_path):

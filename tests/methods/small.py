@@ -34,6 +34,17 @@ def go(config: RunConfig, stop: Stop | None = None) -> list[str]:
     return said
 
 
+class StopAfter(Stop):
+    """Asks for a stop as soon as a file has so many lines."""
+
+    def __init__(self, path: Path, lines: int):
+        super().__init__()
+        self.path, self.lines = path, lines
+
+    def requested(self) -> bool:
+        return self.path.exists() and self.path.read_bytes().count(b"\n") >= self.lines
+
+
 def stages(place: Path, iteration: int = 1) -> dict[str, dict[str, Any]]:
     """What each stage reported."""
     found = (place / f"iteration-{iteration}").glob("*/done.json")

@@ -1,6 +1,7 @@
 """A real headless browser that looks at a page as its reader does."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,10 +70,14 @@ class Browser:
 
 @contextmanager
 def started(profile: Path) -> Iterator[Browser]:
-    """A browser with an empty profile in the folder ``profile``; skips where there is none."""
+    """A browser with an empty profile in the folder ``profile``.
+
+    Where there is none the test is skipped, in continuous integration (``CI=true``) it fails.
+    """
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if binary is None or driver is None:
-        pytest.skip("needs Debian's packages chromium and chromium-driver")
+        refuse = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        refuse("needs Debian's packages chromium and chromium-driver")
     options = Options()
     options.binary_location = binary
     for flag in (*FLAGS, f"--user-data-dir={profile}"):

@@ -9,8 +9,8 @@ from montessori_jax.report.markup import Cell, Column, escape, json_block, slug,
 
 
 def test_hidden_characters_are_written_as_code_points():
-    assert visible("a\u202eb\x00c\x1b\u200b\U000e0041") == (
-        "a<U+202E>b<U+0000>c<U+001B><U+200B><U+E0041>"
+    assert visible("a\u202eb\x00c\x1b\u200b\U000e0041\ufffe\uffff") == (
+        "a<U+202E>b<U+0000>c<U+001B><U+200B><U+E0041><U+FFFE><U+FFFF>"
     )
     # Line ends, tabs and the joiners of Persian and emoji stay.
     kept = "one\ntwo\t\u0645\u06cc\u200c\u062e\u0648 \U0001f469\u200d\U0001f467"
@@ -32,6 +32,7 @@ def test_a_data_block_cannot_be_left_and_holds_the_text(text: str):
 def test_names_for_files_and_anchors():
     assert slug("Held-out loss, nats a token") == "held-out-loss-nats-a-token"
     assert slug("../日本") == "unnamed"
+    assert len(slug("a baseline's path / " * 40)) == 80
 
 
 def test_a_table_sorts_by_what_it_is_told():

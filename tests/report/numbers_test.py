@@ -75,6 +75,61 @@ def test_each_evaluation_gives_its_main_numbers():
     }
 
 
+def alpaca(rate: float, **others: Any) -> dict[str, Any]:
+    about = {"baseline": "self_instruct", "annotator": "ranking", "prompts": 805}
+    found = {"win_rate": rate, "standard_error": 1.5, "cost": {"judge": "gpt-4o"}}
+    return {"alpaca_eval": {**about, **found, **others}}
+
+
+def test_numbers_of_one_name_may_be_compared():
+    name = "AlpacaEval, win rate, % (against its own self_instruct; gpt-4o; ranking; 805 prompts)"
+    results = [
+        alpaca(40.0),
+        alpaca(41.0, annotator="log-probs"),
+        alpaca(42.0, cost={"judge": "qwen"}),
+        alpaca(43.0, baseline="runs/a:2"),
+        alpaca(44.0, prompts=10),
+    ]
+    assert next(iter(dict(measures(results[0])))) == name
+    assert len({label for result in results for label, _ in measures(result)}) == len(results)
+    bench = [
+        {"mt_bench": {"score": 6.0, "questions": 80, "cost": {"judge": judge}}}
+        for judge in ("gpt-4o", "qwen")
+    ]
+    assert [label for result in bench for label, _ in measures(result)] == [
+        "MT-Bench, score of 10 (gpt-4o; 80 questions)",
+        "MT-Bench, score of 10 (qwen; 80 questions)",
+    ]
+
+
+def test_rates_without_prompts_of_the_reference_set_are_told_where_there_are_any():
+    apart = {"left_out": 12, "win_rate": 38.0, "standard_error": 2.0}
+    found = dict(measures(alpaca(40.0, without_reference_prompts=apart)))
+    assert [str(one) for one in found.values()] == ["40.00 ± 1.50", "38.00 ± 2.00"]
+    assert list(found)[1].endswith("; 805 prompts; without the 12 of the reference set)")
+    assert len(dict(measures(alpaca(40.0, without_reference_prompts={"left_out": 0})))) == 1
+
+
+def test_tasks_of_the_harness_say_their_shots_and_their_limit(tmp_path: Path):
+    harness = {
+        "groups": {"mmlu": {"acc": 0.5}, "mixed": {"acc": 0.5}},
+        "tasks": {
+            "mmlu_law": {"acc": 0.4, "shots": 5},
+            "other": {"acc": 0.4, "shots": 0},
+            "gsm8k": {"exact_match,strict": 0.25, "shots": 8},
+        },
+        "group_subtasks": {"mmlu": ["mmlu_law"], "mixed": ["mmlu_law", "other"]},
+    }
+    assert [label for label, _ in measures({"lm_harness": harness})] == [
+        "mmlu: acc (5-shot)", "mixed: acc", "gsm8k: exact_match (strict; 8-shot)"
+    ]  # fmt: skip
+    folder = write_run(tmp_path / "run", evaluation={"harness": {"limit": 100}})
+    marker = folder / "iteration-1/evaluate-tuned/done.json"
+    marker.write_text(json.dumps({"student": "s", "lm_harness": harness}))
+    tuned = students([read_run(folder, "run")])[-1]
+    assert next(iter(tuned.measures)) == "mmlu: acc (5-shot; first 100 rows)"
+
+
 def test_win_rates_count_ties_as_half_from_both_sides():
     rows = [
         {"a": "x", "b": "y", "wins": 6, "losses": 3, "ties": 1, "standard_error": 12.0},
@@ -122,6 +177,7 @@ def test_measurements_are_found_in_a_run_and_refused_by_name(tmp_path: Path):
         "{": "is no JSON",
         '{"other": []}': "holds none of teacher_curve",
         '{"teacher_curve": [{"yield": 1}]}': "row 1 of teacher_curve has no step",
+        '{"teacher_curve": [{"step": 1, "influence_quantiles": [0]}]}': "quantiles are not 5",
     }.items():
         inside.write_text(text)
         with pytest.raises(UserError, match=message):
@@ -141,6 +197,24 @@ def test_costs_are_summed_by_task_and_divided_by_data(tmp_path: Path):
     }  # fmt: skip
     assert data_count({"reference_loss": {"samples": 8}}) == 8
     assert data_count({}) == 0
+
+
+def test_what_several_evaluations_took_is_divided_by_no_ones_data(tmp_path: Path):
+    """805 judged prompts beside 8 held-out rows: dollars are of the former, not of the latter."""
+    folder = write_run(tmp_path / "run")
+    marker = folder / "iteration-1/evaluate-tuned/done.json"
+    loss = json.loads(marker.read_text())
+    marker.write_text(json.dumps(loss | alpaca(40.0)))
+    row = {"stage": "iteration-1/evaluate-tuned", "seconds": 4.0, "dollars": 8.05}
+    with open(folder / "costs.jsonl", "a", encoding="utf-8") as ledger:
+        ledger.write(json.dumps({**row, "finished": True, "peak_memory_bytes": 1}) + "\n")
+    found = by_task(read_run(folder, "run"))
+    assert (found["evaluate-tuned"]["dollars"], found["evaluate-tuned"]["data"]) == (8.05, 0)
+    assert found["evaluate-untuned"]["data"] == 8
+    assert data_count({"student": "s", **alpaca(40.0)}) == 805
+    assert data_count({"mt_bench": {"questions": 80}}) == 80
+    tasks = {"a": {"samples": 5}, "b": {"samples": 7}, "c": {}}
+    assert data_count({"lm_harness": {"tasks": tasks}}) == 12
 
 
 def test_lengths_are_tokens_where_there_is_a_tokenizer_else_words(tmp_path: Path, monkeypatch):

@@ -34,9 +34,14 @@ def page(runs, tmp_path_factory) -> Path:
     kinds = {
         "teacher_curve": [
             {"step": n, "yield": 0.9, "influence": n * 1e-3, "student_loss": 3 - n / 10,
-             "student_loss_error": 0.1} for n in range(4)
+             "student_loss_error": 0.1, "influence_quantiles": [-0.2, -0.1, n * 1e-3, 0.1, 0.2],
+             "evaluation": {"mt_bench": {"score": 5 + n / 10, "standard_error": 0.2}}}
+            for n in range(4)
         ],
-        "influence_curve": [{"step": n, "share": n / 4, "data": "tuned"} for n in range(4)],
+        "influence_curve": [
+            {"step": n, "share": n / 4, "share_relative": 0.5 + n / 10, "data": "tuned"}
+            for n in range(4)
+        ],
         "pairs": [{"a": "one", "b": "two", "wins": 6, "losses": 3, "ties": 1}],
         "rows": [
             {"student": "s", "data": "tuned", "evaluation": {"mt_bench": {"score": 5.5}}}
@@ -286,6 +291,23 @@ def test_influence_at_work_is_shown_so_far(browser: Browser, tmp_path: Path):
     assert browser.run(ROWS) == ["Name three rivers.", "Write a story about a dog."]
 
 
+def test_long_names_of_measures_stay_in_their_columns(browser: Browser, tmp_path: Path):
+    folder = write_run(tmp_path / "run")
+    found = {
+        "win_rate": 40.0, "baseline": "runs/paper/tinyllama_1b/self_instruct:2:untuned",
+        "annotator": "weighted_alpaca_eval_gpt4_turbo", "length_controlled_win_rate": 45.0,
+    }  # fmt: skip
+    marker = folder / "iteration-1/evaluate-tuned/done.json"
+    marker.write_text(json.dumps({"student": "s", "alpaca_eval": found}))
+    browser.open(write_page([folder], tmp_path, parse=False))
+    heads = browser.run(
+        "return [...document.querySelectorAll('#results thead th')]"
+        ".map(e => [e.textContent, e.scrollWidth - e.clientWidth])"
+    )
+    assert any("weighted_alpaca_eval_gpt4_turbo" in name for name, _ in heads)
+    assert [name for name, beyond in heads if beyond > 0] == []
+
+
 def test_a_run_of_another_method_has_its_own_stages(browser: Browser, tmp_path: Path):
     """Only data, training and evaluation: no influence, no pairs."""
     folder = write_run(tmp_path / "plain", until="split")
@@ -300,7 +322,7 @@ def test_a_run_of_another_method_has_its_own_stages(browser: Browser, tmp_path: 
     browser.open(write_page([folder], tmp_path))
     assert browser.errors() == []
     text = browser.driver.find_element(By.ID, "results").text
-    assert "gsm8k: exact_match (strict)" in text
+    assert "gsm8k: exact_match (strict; 8-shot)" in text
     assert "0.2500 ± 0.0625" in text
 
 

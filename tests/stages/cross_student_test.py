@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from montessori_jax.config import EvaluationConfig, JudgeConfig, SftConfig
+from montessori_jax.config import (
+    AlpacaEvalConfig,
+    AnswerConfig,
+    EvaluationConfig,
+    JudgeConfig,
+    SftConfig,
+)
 from montessori_jax.costs import Meter
 from montessori_jax.data.rows import read_rows
 from montessori_jax.errors import UserError
 from montessori_jax.models.folder import load_folder
+from montessori_jax.report.main_table import measures
 from montessori_jax.stages.cross_student import Named, Settings, cross_student, render
 from montessori_jax.work import Work
 from tests.evaluation.tiny_student import tiny_student
@@ -99,6 +106,42 @@ def test_names_must_differ(world, tmp_path: Path):
         cross_student(data, [students[0], students[0]], SETTINGS, work)
 
 
+def test_each_student_is_compared_with_its_own_self_instruct(world, tmp_path: Path):
+    data, students = world
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"instruction": f"Say {n}."} for n in range(2)]))
+    (few,) = data
+    sets = [Named("other", few.source), Named("self_instruct", few.source)]
+    answers = AnswerConfig(max_tokens=4, prompts_per_batch=2)
+    settings = replace(
+        SETTINGS,
+        evaluation=EvaluationConfig(
+            evaluations=("alpaca_eval",),
+            alpaca_eval=AlpacaEvalConfig(prompts=str(prompts), answers=answers),
+        ),
+        # Answers to equal data are equal: no one is asked.
+        judge=JudgeConfig(base_url="http://127.0.0.1:9/v1", model="nobody"),
+    )
+
+    def once(sets: list[Named]):
+        work = Work(tmp_path / "out", 0, Meter(None, "cross"), quiet=True)
+        return cross_student(sets, students, settings, work)["rows"]
+
+    rows = once(sets)
+    assert [(row["data"], row["student"]) for row in rows] == [
+        (name, student) for name in ("self_instruct", "other") for student in ("s1", "s2")
+    ]
+    for row in rows:
+        found = row["evaluation"]["alpaca_eval"]
+        assert (found["baseline"], found["win_rate"]) == ("self_instruct", 50.0)
+        place = tmp_path / "out" / row["data"] / row["student"] / "evaluate"
+        twin = tmp_path / "out/self_instruct" / row["student"] / "evaluate"
+        theirs, own = (place / f"alpaca_eval_{kind}answers.jsonl" for kind in ("baseline_", ""))
+        assert theirs.read_text() == (twin / own.name).read_text()
+    with pytest.raises(UserError, match="there is no such student here"):
+        once(sets[:1])
+
+
 def test_the_table_has_a_column_for_what_was_evaluated():
     row = {"data": "d", "student": "s", "train": {"rows": 3}}
     alpaca = {
@@ -111,3 +154,22 @@ def test_the_table_has_a_column_for_what_was_evaluated():
         "| AlpacaEval win rate, % | length-controlled, % | MT-Bench |"
     )
     assert text.splitlines()[2] == "| s | d | 3 | 51.2 ± 1.5 |  | 4.50 |"
+
+
+def test_the_table_has_a_column_for_each_task_of_the_harness():
+    def row(student: str, task: str, value: float):
+        harness = {"tasks": {task: {"acc,none": value, "acc_stderr,none": 0.125}}, "groups": {}}
+        return {
+            "data": "d", "student": student, "train": {"rows": 3},
+            "evaluation": {"lm_harness": harness},
+        }  # fmt: skip
+
+    rows = [row("s", "arc", 0.5), row("t", "mmlu", 0.25)]
+    arc, mmlu = (name for one in rows for name, _ in measures(one["evaluation"]))
+    assert (arc.partition(":")[0], mmlu.partition(":")[0]) == ("arc", "mmlu")
+    assert render({"rows": rows}).splitlines() == [
+        f"| student | data | rows | {arc} | {mmlu} |",
+        "|---|---|---|---|---|",
+        "| s | d | 3 | 0.5000 ± 0.1250 |  |",
+        "| t | d | 3 |  | 0.2500 ± 0.1250 |",
+    ]
