@@ -260,6 +260,7 @@ def _pairs(config: RunConfig, prompts: float, each: int) -> float:
 def _curves(stages: Stages, pairs: float, names: tuple[str, ...]) -> None:
     """Further points are further runs of the same programs."""
     config, curve = stages.config, stages.config.curve
+    measured = tuple(dict.fromkeys(("reference_loss", *config.evaluation.evaluations)))
     if curve.prompts:
         steps = pairs * config.dpo.epochs / config.dpo.batch_size
         teachers = 2 + int((steps - 1) // config.dpo.keep_every)
@@ -267,7 +268,7 @@ def _curves(stages: Stages, pairs: float, names: tuple[str, ...]) -> None:
             stages.write(f"synthesise-curve-{step}", curve.prompts)
             stages.score(f"influence-curve-{step}", curve.scored, 0)
             stages.train(f"train-curve-{step}", config.sft.rows)
-            stages.evaluate(f"curve-{step}", evaluations=("reference_loss",))
+            stages.evaluate(f"curve-{step}", evaluations=measured)
     if curve.student_states:
         steps = config.sft.rows * config.sft.epochs / config.sft.batch_size
         for name in names:
