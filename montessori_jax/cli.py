@@ -19,6 +19,7 @@ from montessori_jax.commands.preferences import add_preferences
 from montessori_jax.commands.report import add_report
 from montessori_jax.commands.run import add_run
 from montessori_jax.commands.select import add_select
+from montessori_jax.commands.serve import add_serve
 from montessori_jax.commands.sft import add_sft
 from montessori_jax.errors import Interrupted, UserError
 from montessori_jax.stopping import Stop, on_signals
@@ -37,6 +38,7 @@ COMMANDS = (
     add_head_to_head,
     add_cross_student,
     add_report,
+    add_serve,
 )
 
 

@@ -46,6 +46,9 @@ class Sidecar:
         lora_rank: largest rank of adapters that it must take; 0 serves none.
         say: told when a server is started, with where its log is.
         stop: looked at while waiting for a start.
+        key: what requests must carry.
+        name: what the model is called in them.
+        port: of loopback; 0 takes a free one at each start.
     """
 
     environment: Environment
@@ -57,6 +60,8 @@ class Sidecar:
     key: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
     url: str = ""
     log: Path | None = None
+    name: str = MODEL
+    port: int = 0
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -74,7 +79,7 @@ class Sidecar:
             UserError: it ended or did not answer in time; with the tail of its log.
         """
         self.end()
-        port = free_port()
+        port = self.port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = self._next_log()
         self.say(f"starting vLLM {self.environment.version} with {folder} (log: {self.log})")
@@ -99,7 +104,7 @@ class Sidecar:
         settings = self.settings
         command = [
             *(self.environment.python, "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(folder.absolute()), "--served-model-name", MODEL),
+            *("--model", str(folder.absolute()), "--served-model-name", self.name),
             *("--host", "127.0.0.1", "--port", str(port), "--dtype", self.dtype),
             # What the model's folder proposes for sampling is not what was asked for.
             *("--generation-config", "vllm"),
@@ -140,6 +145,24 @@ class Sidecar:
             if not name.startswith(("XLA_", "JAX_", "PYTHON")) and name != "VIRTUAL_ENV"
         }
         return {**inherited, **own}
+
+    def keep(self, folder: Path, ready: Callable[[], None]) -> None:
+        """Serve a folder until a stop is asked for; a server that ends is started again.
+
+        ``ready`` is called whenever one answers.
+
+        Raises:
+            UserError: it cannot be started, or ended more often than ``settings.restarts``.
+        """
+        for left in range(self.settings.restarts, -1, -1):
+            self.start(folder)
+            ready()
+            while self.alive():
+                if self.stop.requested():
+                    return
+                time.sleep(0.25)
+            self.say(f"vLLM ended; {left} restarts left; the end of {self.log}:\n{self.tail()}")
+        raise UserError(f"vLLM ended {self.settings.restarts + 1} times: see {self.log}")
 
     def alive(self) -> bool:
         """Whether the server's process runs; it may still hang."""
