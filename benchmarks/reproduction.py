@@ -38,6 +38,7 @@ from montessori_jax.data.rows import Row, read_rows
 from montessori_jax.data.writing import write_jsonl
 from montessori_jax.runs import MARKER
 from montessori_jax.seeding import derive_seed
+from montessori_jax.stages.head_to_head import file_name
 
 CONFIG = ROOT / "configs" / "experiments" / "smol.yaml"
 UNITS = RESULTS / "reproduction"
@@ -212,7 +213,7 @@ class Unit:
 
     def against(self, judge: str, model: str) -> dict[str, Any]:
         """The student of the tuned teacher's data against Self-Instruct's, in both orders."""
-        out = self.folder / f"{self.method}-head-to-head"
+        out = self.folder / f"{self.method}-judged-by-{file_name(model)}"
         if not (out / "head_to_head.json").exists():
             base = self.folder / "montessori"
             montessori(
@@ -280,6 +281,13 @@ def borrow(folder: Path, run: Path) -> None:
             return
 
 
+def known(path: Path, judged: bool) -> bool:
+    """Whether a unit has been measured, by a judge too if it is to be."""
+    if not path.exists():
+        return False
+    return not judged or "head_to_head" in json.loads(path.read_text())["result"]
+
+
 def main() -> None:
     """Run the units asked for, then write the tables from all that exist."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -298,7 +306,7 @@ def main() -> None:
     parsed = parser.parse_args()
     for seed in parsed.seeds:
         for method in parsed.methods:
-            if not parsed.small and (UNITS / f"{method}-{seed}.json").exists():
+            if not parsed.small and known(UNITS / f"{method}-{seed}.json", bool(parsed.judge)):
                 continue
             found = dealt(method, seed, parsed).measured(parsed)
             if not parsed.small:

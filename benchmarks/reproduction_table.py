@@ -88,11 +88,11 @@ def _judged(units: Units) -> Iterator[str]:
     yield ""
     yield from _head("student trained on data of", "win rate", "prompts", "judge")
     for row, (method, name) in ROWS.items():
-        if name == "tuned" and (found := judged.get(method)):
-            prompts = ", ".join(sorted({str(one["prompts"]) for one in found}))
-            judges = ", ".join(sorted({one["judge"] for one in found}))
-            rates = _cell([one["win_rate"] for one in found])
-            yield f"| {row} | {len(found)} | {rates} | {prompts} | {judges} |"
+        found = judged.get(method, []) if name == "tuned" else []
+        for judge, prompts in sorted({(one["judge"], one["prompts"]) for one in found}):
+            own = [one for one in found if (one["judge"], one["prompts"]) == (judge, prompts)]
+            rates = _cell([one["win_rate"] for one in own])
+            yield f"| {row} | {len(own)} | {rates} | {prompts} | {judge} |"
 
 
 def _costs(units: Units) -> Iterator[str]:

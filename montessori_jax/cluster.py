@@ -218,7 +218,8 @@ def barrier(name: str) -> None:
             f"({brief(error)}): look at the log of the one that is missing, end the job and start "
             f"it again, it goes on from what is written; {PATIENCE} is how long to wait"
         ) from None
-    moved()
+    if _here.watch is not None:  # in step again, however much each did until here
+        _here.watch.moves = _here.barriers << 32
 
 
 def any_of(flag: bool) -> bool:
@@ -280,6 +281,7 @@ def exchange(mine: bytes) -> list[bytes]:
     """
     if _here.count == 1:
         return [mine]
+    moved()
     sizes = [int(size) for size in multihost_utils.process_allgather(np.int32(len(mine)))]
     parts: list[list[bytes]] = [[] for _ in sizes]
     # In pieces of one shape: one program, and little of the devices' memory.

@@ -55,6 +55,11 @@ def sampling_mesh(settings: MeshConfig, devices: Sequence[jax.Device] | None = N
     if devices is None:
         together = write_together(settings, jax.local_device_count(), jax.device_count())
         devices = jax.devices() if together else jax.local_devices()
+    if settings.sampler and len(devices) % settings.sampler:
+        raise UserError(
+            f"mesh.sampler {settings.sampler} does not divide the {len(devices)} devices that "
+            "write: lower it"
+        )
     return make_mesh(layout, devices=devices)
 
 

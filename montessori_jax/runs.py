@@ -81,9 +81,16 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """``key: old -> new`` for every leaf that differs, free ones left out."""
+def differences(
+    old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any] | None = None
+) -> list[str]:
+    """``key: old -> new`` for every leaf that differs, free ones left out.
+
+    ``defaults`` stand for what ``old`` lacks: settings that came after it was written.
+    """
     before, after = flatten(old), flatten(new)
+    later = {key: value for key, value in flatten(defaults or {}).items() if key in after}
+    before = later | before
     return [
         f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
         for key in sorted(before.keys() | after.keys())
@@ -165,7 +172,7 @@ class RunDirectory:
         resolved = as_dict(config)
         config_file, inputs_file = path / "config.yaml", path / "inputs.json"
         if config_file.exists():
-            changed = differences(read_yaml(config_file), resolved)
+            changed = differences(read_yaml(config_file), resolved, as_dict(RunConfig()))
             if inputs_file.exists():
                 changed += differences(json.loads(inputs_file.read_text()), inputs)
             changed = [one for one in changed if not _reopen(path, one)]

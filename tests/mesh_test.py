@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from montessori_jax.config import MeshConfig
+from montessori_jax.errors import UserError
 from montessori_jax.influence.reference import Reference
-from montessori_jax.mesh import make_mesh, row_axes, row_groups
+from montessori_jax.mesh import make_mesh, row_axes, row_groups, sampling_mesh
 
 MESH = {"candidate": 2, "data": 1, "fsdp": 4}
 
@@ -43,6 +44,12 @@ def test_axes_that_a_shard_map_has_taken_are_left_out():
     )
     jax.eval_shape(split, jax.ShapeDtypeStruct((2,), jnp.float32))
     assert seen == [("data", "fsdp")]
+
+
+def test_a_sampler_that_does_not_divide_the_devices_is_named():
+    with pytest.raises(UserError, match=r"mesh\.sampler 3 does not divide the 8 devices"):
+        sampling_mesh(MeshConfig(sampler=3))
+    assert sampling_mesh(MeshConfig(sampler=4)).shape["tensor"] == 4
 
 
 def test_without_a_mesh_there_is_nothing_to_split_over():

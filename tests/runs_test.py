@@ -36,6 +36,18 @@ def test_changed_settings_are_refused_with_the_difference(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_setting_that_came_later_has_its_default(tmp_path):
+    first = RunDirectory.create(config(tmp_path), INPUTS)
+    first.stage("iteration-1/dpo").finish({})
+    written = first.path / "config.yaml"
+    lines = written.read_text().splitlines(keepends=True)
+    written.write_text("".join(line for line in lines if line.strip() != "beta: 0.1"))
+    assert len(written.read_text().splitlines()) == len(lines) - 1
+    with pytest.raises(UserError, match=r"dpo\.beta: 0\.1 -> 0\.2"):
+        RunDirectory.create(config(tmp_path, dpo={"beta": 0.2}), INPUTS)
+    RunDirectory.create(config(tmp_path), INPUTS)
+
+
 def test_settings_of_a_stage_that_is_not_done_may_change_and_it_begins_again(tmp_path):
     directory = RunDirectory.create(config(tmp_path), INPUTS)
     begun = directory.stage("iteration-1/dpo").path / "metrics.jsonl"

@@ -23,10 +23,10 @@ def add_serve(commands: Any) -> None:
         "serve",
         "A model behind a vLLM server of this machine, until Ctrl-C: a judge, or a teacher.",
         _serve,
-        epilog="Example: montessori serve org/judge-model --name judge --port 8001 --devices 1",
+        epilog="Example: montessori serve org/judge-model --port 8001 --devices 1",
     )
     parser.add_argument("model", metavar="MODEL", help="folder, hf:NAME, wheel:NAME or GGUF file")
-    parser.add_argument("--name", default="judge", help="what requests call it (default judge)")
+    parser.add_argument("--name", default="", help="what requests call it; its own by default")
     parser.add_argument("--port", type=int, default=8001, help="0: a free one (default 8001)")
     parser.add_argument(
         "--logs", type=Path, default=Path("vllm-logs"), help="folder for its logs (vllm-logs)"
@@ -41,9 +41,10 @@ def _serve(parsed: argparse.Namespace, stop: Stop) -> None:
     from montessori_jax.serving.sidecar import Sidecar
 
     keep_off_accelerator()
+    name = parsed.name or parsed.model.rstrip("/").rsplit("/", 1)[-1]
     settings = settings_from(parsed, VllmConfig, {}, skip=NOT_HERE)
     sidecar = Sidecar(
-        environment_for(settings), settings, parsed.logs, stop=stop, name=parsed.name,
+        environment_for(settings), settings, parsed.logs, stop=stop, name=name,
         port=parsed.port,
     )  # fmt: skip
     given = api_key(settings.api_key_env)
@@ -51,7 +52,7 @@ def _serve(parsed: argparse.Namespace, stop: Stop) -> None:
     folder = Served.of(parsed.model, sidecar.dtype, print).folder
 
     def ready() -> None:
-        print(f"judge:\n  base_url: {sidecar.url}/v1\n  model: {parsed.name}")
+        print(f"judge:\n  base_url: {sidecar.url}/v1\n  model: {name}")
         print(f"  api_key_env: {settings.api_key_env}")
         if sidecar.environment.platform == "cpu":
             print("  seeds: false")

@@ -340,6 +340,7 @@ def summarise(
             for name in categories
         },
         "questions": len(questions),
+        "with_reference": sum(one.has_reference for one in questions),
         "without_reference": sum(
             one.category in WITH_REFERENCE and not one.has_reference for one in questions
         ),

@@ -17,7 +17,8 @@ _SCORE = re.compile(
 )
 # Behind a number: another scale, the other end of a range, an alternative, a sum, a percentage.
 _UNSURE = re.compile(
-    r"[ \t]*(?:%|(?:/|out of)(?!\s*5(?:\D|$))|(?:-|\u2013|\+|,(?=\d)|to\b|or\b)[^\w\n]*\d)",
+    r"[ \t,(]*(?:points?[ \t]+)?(?:/|(?:out )?of)\s*(?!5(?:\D|$))\d"
+    r"|[ \t]*(?:%|(?:-|\u2013|\+|,(?=\d)|to\b|or\b)[^\w\n]*\d)",
     re.IGNORECASE,
 )
 

@@ -133,8 +133,10 @@ def _against(baseline: str | None) -> str | None:
 
 def _mt_bench(found: Mapping[str, Any]) -> Iterator[tuple[str, Measure]]:
     general = found.get("without_reference")
+    known = found.get("with_reference")
+    beside = f"{known} graded beside a reference answer" if known else None
     fewer = f"{general} graded without a reference answer" if general else None
-    about = _bracketed(_judge(found), _count(found, "questions"), fewer)
+    about = _bracketed(_judge(found), _count(found, "questions"), beside, fewer)
     yield from _measure(f"MT-Bench, score of 10{about}", found, "score")
 
 

