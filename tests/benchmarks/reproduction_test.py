@@ -126,7 +126,8 @@ def test_its_config_is_one_of_ours():
 def test_a_unit_in_small_and_one_that_borrows(tmp_path: Path):
     rows = [
         json.dumps({"instruction": one.instruction, "input": one.input, "output": one.response})
-        for one in read_rows("package:seeds").require()
+        for name in ("seeds", "reference", "heldout")
+        for one in read_rows(f"package:{name}").require()
     ]
     many, few = tmp_path / "rows.jsonl", tmp_path / "elsewhere.jsonl"
     many.write_text("\n".join(rows) + "\n")
