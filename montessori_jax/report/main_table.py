@@ -66,7 +66,6 @@ def students(runs: Sequence[Run]) -> list[Student]:
                     continue
                 trained = iteration.result(f"train-{name}")
                 loss = result.get("reference_loss") or {}
-                limit = int(run.config.get("evaluation.harness.limit") or 0)
                 found.append(
                     Student(
                         run=run.label,
@@ -75,7 +74,7 @@ def students(runs: Sequence[Run]) -> list[Student]:
                         name=name or "student",
                         model=str(run.summary["student"]),
                         rows=int(trained.get("rows", 0)),
-                        measures=dict(measures(result, limit)),
+                        measures=dict(measures(result)),
                         by_sample=loss.get("by_sample") or (),
                     )
                 )
@@ -88,7 +87,7 @@ def students(runs: Sequence[Run]) -> list[Student]:
     return sorted(found, key=order)
 
 
-def measures(result: Mapping[str, Any], limit: int = 0) -> Iterator[tuple[str, Measure]]:
+def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, Measure]]:
     """The main numbers of an evaluation stage's result, by the names of the table's columns.
 
     A name says all that makes a measure another one: who judged, by which prompt, against whom,
@@ -96,13 +95,10 @@ def measures(result: Mapping[str, Any], limit: int = 0) -> Iterator[tuple[str, M
 
     Args:
         result: what the stage reported.
-        limit: rows of each task of lm-evaluation-harness, as the run's settings have it; 0: all.
     """
     for evaluation, found in result.items():
         if evaluation in MEASURES:
             yield from MEASURES[evaluation](found)
-        elif evaluation == "lm_harness":
-            yield from _harness(found, limit)
 
 
 def _reference_loss(found: Mapping[str, Any]) -> Iterator[tuple[str, Measure]]:
@@ -140,13 +136,6 @@ def _mt_bench(found: Mapping[str, Any]) -> Iterator[tuple[str, Measure]]:
     yield from _measure(f"MT-Bench, score of 10{about}", found, "score")
 
 
-MEASURES: dict[str, Callable[[Mapping[str, Any]], Iterator[tuple[str, Measure]]]] = {
-    "reference_loss": _reference_loss,
-    "alpaca_eval": _alpaca_eval,
-    "mt_bench": _mt_bench,
-}
-
-
 def _measure(
     label: str, found: Mapping[str, Any], key: str, error: str = "standard_error"
 ) -> Iterator[tuple[str, Measure]]:
@@ -168,8 +157,14 @@ def _bracketed(*parts: str | None) -> str:
     return f" ({'; '.join(known)})" if known else ""
 
 
-def _harness(found: Mapping[str, Any], limit: int) -> Iterator[tuple[str, Measure]]:
+def _harness(found: Mapping[str, Any]) -> Iterator[tuple[str, Measure]]:
     """Groups of tasks, and the tasks that are in none of them."""
+    limit, longest = found.get("limit"), found.get("max_length")
+    settings = (
+        f"first {limit} rows" if limit else None,
+        "chat template" if found.get("chat_template") else None,
+        f"inputs cut to {longest} tokens" if longest else None,
+    )
     groups, tasks = found.get("groups") or {}, found.get("tasks") or {}
     children = found.get("group_subtasks") or {}
     members = _members(list(groups), children)
@@ -178,12 +173,11 @@ def _harness(found: Mapping[str, Any], limit: int) -> Iterator[tuple[str, Measur
         inside = _members([name], children) if name in groups else {name}
         shots = {(tasks.get(one) or {}).get("shots") for one in inside} - {None}
         asked = f"{shots.pop()}-shot" if len(shots) == 1 else None
-        first = f"first {limit} rows" if limit else None
         for metric, value in numbers.items():
             kind, comma, way = metric.partition(",")
             error = numbers.get(f"{kind}_stderr{comma}{way}")
             if isinstance(value, float) and not kind.endswith("_stderr"):
-                label = f"{name}: {kind}{_bracketed(way, asked, first)}"
+                label = f"{name}: {kind}{_bracketed(way, asked, *settings)}"
                 yield label, Measure(value, error)
 
 
@@ -195,6 +189,14 @@ def _members(groups: Sequence[str], children: Mapping[str, Sequence[str]]) -> se
         found.update(new)
         waiting += new
     return found
+
+
+MEASURES: dict[str, Callable[[Mapping[str, Any]], Iterator[tuple[str, Measure]]]] = {
+    "reference_loss": _reference_loss,
+    "alpaca_eval": _alpaca_eval,
+    "mt_bench": _mt_bench,
+    "lm_harness": _harness,
+}
 
 
 def paired_change(student: Student, baseline: Student) -> Measure | None:

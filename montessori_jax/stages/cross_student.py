@@ -7,8 +7,9 @@ and within an evaluation. ``cross_student.json`` holds ``rows``: objects with ``
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,25 @@ class Settings:
     reference: str
     num_reference: int | None
 
+    def evaluated_on(self, self_instruct: str | None) -> dict[str, Any]:
+        """What an evaluation's result depends on beside the student, as a stage's key has it.
+
+        Args:
+            self_instruct: what the data of the students' twins say, where there are any.
+        """
+        depends: dict[str, Any] = {
+            "evaluation": as_dict(self.evaluation),
+            "heldout": content_hash(read_rows(self.heldout).rows),
+            "num_heldout": self.num_heldout,
+            "reference": content_hash(read_rows(self.reference, need_response=False).rows),
+            "num_reference": self.num_reference,
+            "judge": {"base_url": self.judge.base_url, "model": self.judge.model},
+        }
+        judged = "alpaca_eval" in self.evaluation.evaluations
+        if self_instruct and judged and self.evaluation.alpaca_eval.baseline == SELF_INSTRUCT:
+            depends["self_instruct"] = self_instruct
+        return depends
+
 
 def cross_student(
     data: Sequence[Named],
@@ -101,64 +121,93 @@ def cross_student(
     check_evaluations(settings.evaluation, settings.judge, self_instruct=twins)
     contents = {one.name: read_rows(one.source).require() for one in data}
     budget = min(settings.sft.rows, *(len(rows) for rows in contents.values()))
-    sft = replace(settings.sft, rows=budget)
-    evaluated_on = {
-        "evaluation": as_dict(settings.evaluation),
-        "heldout": content_hash(read_rows(settings.heldout).rows),
-        "num_heldout": settings.num_heldout,
-        "reference": content_hash(read_rows(settings.reference, need_response=False).rows),
-        "num_reference": settings.num_reference,
-        "judge": {"base_url": settings.judge.base_url, "model": settings.judge.model},
-    }
-    asked = settings.evaluation
-    if twins and "alpaca_eval" in asked.evaluations and asked.alpaca_eval.baseline == SELF_INSTRUCT:
-        evaluated_on["self_instruct"] = content_hash(contents[SELF_INSTRUCT])
-    rows = []
+    hashes = {name: content_hash(rows) for name, rows in contents.items()}
+    study = _Study(
+        replace(settings, sft=replace(settings.sft, rows=budget)),
+        hashes,
+        settings.evaluated_on(hashes.get(SELF_INSTRUCT)),
+        work,
+        mesh,
+    )
     # The twins first, since the others are compared with them.
-    for one in sorted(data, key=lambda one: one.name != SELF_INSTRUCT):
-        content = content_hash(contents[one.name])
-        for student in students:
-            place = work.folder / one.name / student.name
-            twin = work.folder / SELF_INSTRUCT / student.name / "train" / "student"
-            key = {
-                "data": content,
-                "student": model_fingerprint(student.source),
-                "sft": as_dict(sft),
-                "seed": work.seed,
-            }
-
-            def train(own: Work, student: Named = student, one: Named = one) -> dict[str, Any]:
-                loaded = load_model(student.source, dtype=sft.held_dtype, mesh=mesh)
-                return finetune(loaded, one.source, sft, own)
-
-            def judge(own: Work, place: Path = place, twin: Path = twin) -> dict[str, Any]:
-                dtype = forward_dtype(settings.evaluation)
-                loaded = load_model(str(place / "train" / "student"), dtype=dtype, mesh=mesh)
-                return evaluate(
-                    Context(
-                        loaded,
-                        settings.evaluation,
-                        own,
-                        heldout=settings.heldout,
-                        num_heldout=settings.num_heldout,
-                        judge=settings.judge,
-                        reference=settings.reference,
-                        num_reference=settings.num_reference,
-                        self_instruct=str(twin) if twins else "",
-                    )
-                )
-
-            label = f"{one.name}/{student.name}"
-            made = once(place / "train", key, train, work, f"{label}: train", trained)
-            own_key = {**key, **evaluated_on}
-            found = once(place / "evaluate", own_key, judge, work, f"{label}: evaluate", evaluated)
-            rows.append(
-                {"data": one.name, "student": student.name, "train": made, "evaluation": found}
-            )
+    ordered = sorted(data, key=lambda one: one.name != SELF_INSTRUCT)
+    rows = [study.row(one, student) for one in ordered for student in students]
     result = {"rows": rows, "training_rows": budget}
     write_json(work.file("cross_student.json"), result)
     write_atomic(work.file("cross_student.md"), render(result))
     return result
+
+
+@dataclass(frozen=True)
+class _Study:
+    """All that students are trained and evaluated with.
+
+    Attributes:
+        settings: with the budget of rows.
+        hashes: what the data sets say, by their names.
+        evaluated_on: what an evaluation's result depends on beside the student.
+        work: the whole study's.
+        mesh: where the students lie.
+    """
+
+    settings: Settings
+    hashes: Mapping[str, str]
+    evaluated_on: Mapping[str, Any]
+    work: Work
+    mesh: Mesh | None
+
+    def row(self, data: Named, student: Named) -> dict[str, Any]:
+        """Train a student on a data set and evaluate it, or read what was made of it before."""
+        place = self.work.folder / data.name / student.name
+        key = {
+            "data": self.hashes[data.name],
+            "student": model_fingerprint(student.source),
+            "sft": as_dict(self.settings.sft),
+            "seed": self.work.seed,
+        }
+
+        def train(own: Work) -> dict[str, Any]:
+            sft = self.settings.sft
+            loaded = load_model(student.source, dtype=sft.held_dtype, mesh=self.mesh)
+            return finetune(loaded, data.source, sft, own)
+
+        label = f"{data.name}/{student.name}"
+        made = once(place / "train", key, train, self.work, f"{label}: train", trained)
+        found = once(
+            place / "evaluate",
+            {**key, **self.evaluated_on},
+            partial(self.evaluated, self.trained(data.name, student), self.twin(student)),
+            self.work,
+            f"{label}: evaluate",
+            evaluated,
+        )
+        return {"data": data.name, "student": student.name, "train": made, "evaluation": found}
+
+    def trained(self, data: str, student: Named) -> str:
+        """Where a student that was trained on a data set is."""
+        return str(self.work.folder / data / student.name / "train" / "student")
+
+    def twin(self, student: Named) -> str:
+        """Where the same student trained on `SELF_INSTRUCT` is; empty: there is none."""
+        return self.trained(SELF_INSTRUCT, student) if SELF_INSTRUCT in self.hashes else ""
+
+    def evaluated(self, student: str, twin: str, own: Work) -> dict[str, Any]:
+        """Evaluate a trained student in its own folder."""
+        settings = self.settings
+        dtype = forward_dtype(settings.evaluation)
+        return evaluate(
+            Context(
+                load_model(student, dtype=dtype, mesh=self.mesh),
+                settings.evaluation,
+                own,
+                heldout=settings.heldout,
+                num_heldout=settings.num_heldout,
+                judge=settings.judge,
+                reference=settings.reference,
+                num_reference=settings.num_reference,
+                self_instruct=twin,
+            )
+        )
 
 
 def content_hash(rows: Sequence[Row]) -> str:
@@ -204,46 +253,15 @@ def once(
 
 
 def render(result: dict[str, Any]) -> str:
-    """A Markdown table: a row a student and data set, a column a number of each evaluation."""
-    columns = {
-        "held-out loss": ("reference_loss", "loss", "standard_error", 4),
-        "AlpacaEval win rate, %": ("alpaca_eval", "win_rate", "standard_error", 1),
-        "length-controlled, %": (
-            "alpaca_eval",
-            "length_controlled_win_rate",
-            "length_controlled_standard_error",
-            1,
-        ),
-        "MT-Bench": ("mt_bench", "score", "standard_error", 2),
-    }
-    shown = {
-        title: about
-        for title, about in columns.items()
-        if any(about[0] in row["evaluation"] for row in result["rows"])
-    }
-    tasks = [_tasks(row) for row in result["rows"]]
-    named = list(dict.fromkeys(name for own in tasks for name in own))
+    """A Markdown table: a row a student and data set, a column a number that the report shows."""
+    found = [dict(measures(row["evaluation"])) for row in result["rows"]]
+    columns = list(dict.fromkeys(name for own in found for name in own))
     lines = [
-        "| " + " | ".join(["student", "data", "rows", *shown, *named]) + " |",
-        "|---|---|---|" + "---|" * (len(shown) + len(named)),
+        "| " + " | ".join(["student", "data", "rows", *columns]) + " |",
+        "|---|---|---|" + "---|" * len(columns),
     ]
-    for row, own in zip(result["rows"], tasks, strict=True):
-        cells = [row["student"], row["data"], str(row["train"]["rows"])]
-        for name, value, error, digits in shown.values():
-            found = row["evaluation"][name]
-            cells.append(_with_error(found[value], found[error], digits))
-        cells += [own.get(name, "") for name in named]
+    for row, own in zip(result["rows"], found, strict=True):
+        shown = [str(own[name]) if name in own else "" for name in columns]
+        cells = [row["student"], row["data"], str(row["train"]["rows"]), *shown]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _tasks(row: dict[str, Any]) -> dict[str, str]:
-    """What the report shows of a row's lm-evaluation-harness, by its names there."""
-    found = {name: one for name, one in row["evaluation"].items() if name == "lm_harness"}
-    return {name: str(measure) for name, measure in measures(found)}
-
-
-def _with_error(value: float | None, error: float | None, digits: int) -> str:
-    if value is None:
-        return ""
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")

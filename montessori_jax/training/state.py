@@ -31,6 +31,7 @@ def state_shardings(
     return TrainState(
         jax.tree.map(lambda leaf: leaf.sharding, params),
         moment_shardings(tx, params, mesh),
+        # A sharding stands where the state has an array: the same tree, one leaf of it typed.
         NamedSharding(mesh, PartitionSpec()),  # type: ignore[arg-type]
     )
 

@@ -110,7 +110,7 @@ def test_rates_without_prompts_of_the_reference_set_are_told_where_there_are_any
     assert len(dict(measures(alpaca(40.0, without_reference_prompts={"left_out": 0})))) == 1
 
 
-def test_tasks_of_the_harness_say_their_shots_and_their_limit(tmp_path: Path):
+def test_tasks_of_the_harness_say_their_shots_and_settings():
     harness = {
         "groups": {"mmlu": {"acc": 0.5}, "mixed": {"acc": 0.5}},
         "tasks": {
@@ -123,11 +123,10 @@ def test_tasks_of_the_harness_say_their_shots_and_their_limit(tmp_path: Path):
     assert [label for label, _ in measures({"lm_harness": harness})] == [
         "mmlu: acc (5-shot)", "mixed: acc", "gsm8k: exact_match (strict; 8-shot)"
     ]  # fmt: skip
-    folder = write_run(tmp_path / "run", evaluation={"harness": {"limit": 100}})
-    marker = folder / "iteration-1/evaluate-tuned/done.json"
-    marker.write_text(json.dumps({"student": "s", "lm_harness": harness}))
-    tuned = students([read_run(folder, "run")])[-1]
-    assert next(iter(tuned.measures)) == "mmlu: acc (5-shot; first 100 rows)"
+    settings = {"limit": 100, "chat_template": True, "max_length": 512}
+    assert next(measures({"lm_harness": {**harness, **settings}}))[0] == (
+        "mmlu: acc (5-shot; first 100 rows; chat template; inputs cut to 512 tokens)"
+    )
 
 
 def test_win_rates_count_ties_as_half_from_both_sides():

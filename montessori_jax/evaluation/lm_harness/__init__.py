@@ -37,8 +37,9 @@ def lm_harness(context: Context) -> Result:
     Returns:
         ``tasks`` and ``groups``: by name the metrics (``acc``, ``acc_norm``, ``exact_match,FILTER``
         ...) with their ``..._stderr``, ``shots``, ``samples`` and ``version``; ``group_subtasks``,
-        the tasks and groups that each group is made of; ``named``, what was asked for; ``lm_eval``,
-        the version of the harness.
+        the tasks and groups that each group is made of; ``named``, what was asked for; ``limit``,
+        ``chat_template`` and ``max_length``, as the settings have them; ``lm_eval``, the version of
+        the harness.
 
     Raises:
         UserError: the harness is not installed, or a task is unknown or cannot be had.
@@ -82,7 +83,14 @@ def lm_harness(context: Context) -> Result:
         folder.mkdir(exist_ok=True)
         write_jsonl(folder / f"{name}.jsonl", rows)
     named = [_name_and_shots(one)[0] for one in settings.tasks]
-    return {**summary(found), "named": named, "lm_eval": lm_eval.__version__}
+    return {
+        **summary(found),
+        "named": named,
+        "limit": settings.limit,
+        "chat_template": settings.chat_template,
+        "max_length": settings.max_length,
+        "lm_eval": lm_eval.__version__,
+    }
 
 
 def check_installed() -> None:
