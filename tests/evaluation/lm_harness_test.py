@@ -172,6 +172,7 @@ def test_an_evaluation_by_name_gives_scores_logs_and_costs(student, folder, tmp_
     place = ("--harness-include-path", folder, "--harness-limit", "2", "--out", str(out))
     assert run(["evaluate", "--student", student, *chosen, *place, "--quiet"]) == 0
     result = json.loads(out.read_text())["lm_harness"]
+    assert (result["limit"], result["chat_template"], result["max_length"]) == (2, False, 0)
     pick = result["tasks"]["pick"]
     assert (pick["shots"], pick["samples"], pick["version"]) == (2, 2, "1.0")
     assert {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"} <= pick.keys()
