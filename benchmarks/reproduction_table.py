@@ -14,6 +14,7 @@ ROWS = {
     "DPO on random pairs": ("random", "tuned"),
     "DPO on training loss": ("training_loss", "tuned"),
 }
+UNTRAINED = "nothing (untrained)"
 Units = dict[str, dict[int, dict[str, Any]]]
 COLUMNS: dict[str, Callable[[dict[str, Any], str], float]] = {
     "held out, in domain": lambda unit, name: unit["students"][name]["in_domain"],
@@ -47,7 +48,7 @@ def _means(units: Units) -> Iterator[str]:
     base = [unit["students"]["untrained"] for unit in units.get("montessori", {}).values()]
     if base:
         inside, outside = ([one[name] for one in base] for name in ("in_domain", "out_of_domain"))
-        yield f"| nothing (untrained) | {len(base)} | {_cell(inside)} | {_cell(outside)} | | | |"
+        yield f"| {UNTRAINED} | {len(base)} | {_cell(inside)} | {_cell(outside)} | | | |"
     for row, (method, name) in ROWS.items():
         found = list(units.get(method, {}).values())
         if found:
@@ -58,8 +59,16 @@ def _means(units: Units) -> Iterator[str]:
 def _differences(units: Units) -> Iterator[str]:
     yield "The same less Self-Instruct's of the same seed:"
     yield ""
-    yield from _head("data of", *COLUMNS)
+    yield from _head("student trained on data of", *COLUMNS)
     baseline = units.get("montessori", {})
+    if baseline:
+        gaps = [
+            [unit["students"]["untrained"][name] - unit["students"]["untuned"][name]
+             for unit in baseline.values()]
+            for name in ("in_domain", "out_of_domain")
+        ]  # fmt: skip
+        inside, outside = (_cell(gap, sign="+") for gap in gaps)
+        yield f"| {UNTRAINED} | {len(baseline)} | {inside} | {outside} | | | |"
     for row, (method, name) in list(ROWS.items())[1:]:
         seeds = sorted(units.get(method, {}).keys() & baseline.keys())
         if seeds:

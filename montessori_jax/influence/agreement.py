@@ -23,11 +23,18 @@ def ranks(values: Scores) -> Scores:
     return (last - (counts - 1) / 2)[inverse]
 
 
+def _all_equal(values: Scores) -> bool:
+    """Whether there is no spread: that of equal scores is seldom 0, as their mean is rounded."""
+    return not float(np.ptp(values)) > 0
+
+
 def pearson(truth: Scores, estimate: Scores) -> float | None:
     """Linear correlation, ``cov / (std std)``."""
+    if _all_equal(truth) or _all_equal(estimate):
+        return None
     x, y = truth - truth.mean(), estimate - estimate.mean()
     size = math.sqrt(float(x @ x) * float(y @ y))
-    return float(x @ y) / size if len(truth) > 1 and size > 0 else None
+    return float(x @ y) / size if size > 0 else None
 
 
 def spearman(truth: Scores, estimate: Scores) -> float | None:
@@ -86,10 +93,9 @@ class ErrorSize:
 
 def error_size(truth: Scores, estimate: Scores) -> ErrorSize | None:
     """Normalised root-mean-square error, split into its shared and its own part."""
-    spread = float(truth.std())
-    if not spread > 0:
+    if _all_equal(truth):
         return None
-    error = (estimate - truth) / spread
+    error = (estimate - truth) / float(truth.std())
     offset = abs(float(error.mean()))
     return ErrorSize(float(np.sqrt(np.mean(error**2))), offset, float(error.std()))
 

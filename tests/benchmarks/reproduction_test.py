@@ -104,6 +104,7 @@ def test_the_tables_are_of_the_units_that_exist(tmp_path: Path):
     assert rows["DPO on random pairs"][:2] == ["1", "2.4000"]
     assert "DPO on training loss" not in rows
     assert "| DPO on random pairs | 1 | -0.1000 |" in text
+    assert "| nothing (untrained) | 2 | +0.5000 [+0.5000, +0.5000] |" in text
     assert "| Montessori-Instruct | 1 | 55.0000 | 64 | gpt |" in text
     assert "| montessori | 2 | 72 | 10, 20 |" in text
 

@@ -94,3 +94,12 @@ def test_what_is_not_defined_is_none_and_json():
 def test_unequal_lists_are_refused():
     with pytest.raises(ValueError, match="equally long"):
         agreement([1.0, 2.0], [1.0])
+
+
+def test_equal_scores_have_no_spread_however_their_mean_is_rounded():
+    truth = np.full(3, 0.1)
+    assert truth.std() > 0  # The case in point: all of it rounding.
+    estimate = truth + 1e-4
+    assert error_size(truth, estimate) is None
+    assert pearson(truth, estimate) is None
+    assert pearson(np.arange(3.0), truth) is None
