@@ -1,28 +1,32 @@
-r"""The plans of the paper's configs, as pages: ``make plans`` writes docs/plans/.
+r"""The plans of the paper's configs: ``make plans`` writes docs/plans/.
 
-    python -m benchmarks.plans                                   # all: hours of compiling
+    python -m benchmarks.plans                                   # all: some two hours of compiling
     python -m benchmarks.plans --config tinyllama_1b --target v5e:4x4
-    python -m benchmarks.plans --config main/llama3_8b/self_reward_1 ablations/signal_judge \
-        --target v5p:2x2x1                                       # these are made by name alone
+    python -m benchmarks.plans --config main/llama3_8b/self_reward_1 --target v5p:2x2x1 --pages
 
-A page a config and target; one that is there is made again. Needs montessori-jax[tpu-plan].
+The five students have a page for each target; the tables' rows, the ablations and the figure have a
+line in ``rows.md``, and a page with ``--pages``. What the compiler found is kept in ``build/``: the
+rows share most programs, and a run that was stopped goes on. Needs montessori-jax[tpu-plan].
 """
 
 import argparse
+import json
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
+from benchmarks.plans_known import Known
 from benchmarks.record import ROOT, packages
 from montessori_jax.config_file import load_run_config
 from montessori_jax.errors import UserError
 from montessori_jax.plan.estimate import MFU
-from montessori_jax.plan.plan import make_plan
-from montessori_jax.plan.report import about, ending, heading
-from montessori_jax.plan.targets import parse_target
+from montessori_jax.plan.plan import Plan, make_plan
+from montessori_jax.plan.report import about, ending, heading, hours
+from montessori_jax.plan.targets import GIB, parse_target
 
 PAGES = ROOT / "docs" / "plans"
+BUILD = ROOT / "build" / "plans"
 PAPER = ROOT / "configs" / "paper"
-CONFIGS = sorted(path.stem for path in PAPER.glob("*.yaml"))
+STUDENTS = sorted(path.stem for path in PAPER.glob("*.yaml"))
 NAMED = sorted(str(path.relative_to(PAPER).with_suffix("")) for path in PAPER.rglob("*.yaml"))
 # Splits at which there is room: a host's own chips hold a teacher of 8 billion parameters twice, as
 # it was loaded and as it decodes, split by mesh.tensor alone.
@@ -33,68 +37,138 @@ TARGETS = {
 }
 
 
-def page(config: str, target: str) -> Path:
-    """Where the plan of a config for a target is; a config in a folder has its names joined."""
-    return PAGES / f"{config.replace('/', '-')}-{target.replace(':', '-').replace('*', '-by-')}.md"
+def versions() -> dict[str, str]:
+    """Of what makes and compiles the programs."""
+    known = packages()
+    return {name: known[name] for name in ("jax", "libtpu") if name in known}
 
 
-def write(config: str, target: str) -> None:
-    """Compile a config for a target, and write its page; what goes wrong is on the page."""
-    overrides = TARGETS[target]
-    file = f"configs/paper/{config}.yaml"
-    command = f"montessori plan {file} --target {target} --quick {' '.join(overrides)}"
-    lines = []
-    try:
-        plan = make_plan(
-            load_run_config(ROOT / file, overrides),
-            parse_target(target),
-            quick=True,
-            told=lambda one: print(one.program.stage, one.program.name, one.seconds, flush=True),
-        )
-        lines += list(heading(plan))
+def file_name(config: str, target: str) -> str:
+    """Of a config's page or cell for a target; a config in a folder has its names joined."""
+    return f"{config.replace('/', '-')}-{target.replace(':', '-').replace('*', '-by-')}"
+
+
+def command(config: str, target: str) -> str:
+    """What a user types for the same plan."""
+    overrides = " ".join(TARGETS[target])
+    return f"montessori plan configs/paper/{config}.yaml --target {target} --quick {overrides}"
+
+
+def plan_of(config: str, target: str, known: Known) -> Plan:
+    """Compile a config's programs for a target, those that are not known."""
+    return make_plan(
+        load_run_config(PAPER / f"{config}.yaml", TARGETS[target]),
+        parse_target(target),
+        quick=True,
+        told=lambda one: print(" ", one.program.stage, one.program.name, flush=True),
+        known=known,
+    )
+
+
+def page(plan: Plan | UserError, config: str, target: str) -> str:
+    """The whole plan, or what went wrong."""
+    lines = [f"error: {plan}"]
+    if isinstance(plan, Plan):
+        lines = list(heading(plan))
         for one in plan.compiled:
             lines += ["", *about(one, plan, MFU)]
         lines += ["", *ending(plan, MFU, None)]
-    except UserError as error:
-        lines.append(f"error: {error}")
-    known = packages()
-    versions = ", ".join(f"{name} {known[name]}" for name in ("jax", "libtpu") if name in known)
-    PAGES.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(
-        [f"# {config} on {target}", "", "```", command, "```", "",
-         f"Compiled with {versions}; nothing ran.", "", "```text", *lines, "```", ""]
-    )  # fmt: skip
-    page(config, target).write_text(text, encoding="utf-8")
+    made = ", ".join(f"{name} {version}" for name, version in versions().items())
+    head = [f"# {config} on {target}", "", "```", command(config, target), "```", ""]
+    return "\n".join(
+        [*head, f"Compiled with {made}; nothing ran.", "", "```text", *lines, "```", ""]
+    )
 
 
-def index() -> Iterator[str]:
-    """The page that lists the others."""
+def cell(plan: Plan | UserError) -> dict[str, Any]:
+    """What a table says of a plan: whether it fits, its fullest program, hours of an iteration."""
+    if isinstance(plan, UserError):
+        return {"fits": False, "error": str(plan)}
+    found: dict[str, Any] = {"fits": not plan.too_large(), "hours": sum(hours(plan, MFU).values())}
+    if plan.compiled:
+        fullest = max(plan.compiled, key=lambda one: one.needed)
+        found["gib"] = fullest.needed / GIB
+        found["program"] = f"{fullest.program.stage}, {fullest.program.name}"
+    return found
+
+
+def shown(found: dict[str, Any] | None) -> str:
+    """A cell as text."""
+    if found is None:
+        return ""
+    if "error" in found:
+        return f"error: {found['error']}"
+    full = f", {found['gib']:.1f} GiB ({found['program']})" if "gib" in found else ""
+    return f"{'fits' if found['fits'] else '**does not fit**'}{full}, {found['hours']:.2f} h"
+
+
+def table(names: list[str], cells: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
+    """Some configs by the targets; those with a page link to it."""
+    yield f"| config | {' | '.join(TARGETS)} |"
+    yield f"|{' --- |' * (len(TARGETS) + 1)}"
+    for name in names:
+        row = []
+        for target in TARGETS:
+            text, file = shown(cells.get((name, target))), f"{file_name(name, target)}.md"
+            row.append(f"[{text}]({file})" if text and (PAGES / file).exists() else text)
+        if any(row):
+            yield f"| {name} | {' | '.join(row)} |"
+
+
+def index(cells: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
+    """The page that has all of them, a line each."""
+    splits = "; ".join(f"{target} by {' '.join(split)}" for target, split in TARGETS.items())
     yield "# Plans"
     yield ""
     yield "What `montessori plan` says of the paper's configs, by `make plans`: compiled by the TPU"
-    yield "compiler for chips that were not there. Times are arithmetic, not measurements."
-    yield f"Of {len(NAMED)} configs for {len(TARGETS)} targets, these have been made; `make plans`"
-    yield f"makes those of {len(CONFIGS)}; the tables' rows and the ablations are made by name."
+    yield "compiler for chips that were not there. A cell has whether every stage fits, the bytes a"
+    yield "chip has to have for the fullest program, and the hours of an iteration by arithmetic:"
+    yield "nothing is measured."
+    yield f"Meshes: {splits}. A row whose teacher is behind an address has no program for it."
     yield ""
-    for config in NAMED:
-        for target in TARGETS:
-            file = page(config, target)
-            if file.exists():
-                text = file.read_text(encoding="utf-8")
-                fits = "does not fit" if "DOES NOT FIT" in text or "error:" in text else "fits"
-                yield f"- [{config} on {target}]({file.name}): {fits}"
+    yield "## The students of the paper"
+    yield ""
+    yield from table(STUDENTS, cells)
+    yield ""
+    yield "## Rows of its tables, ablations and figures"
+    yield ""
+    yield from table([name for name in NAMED if name not in STUDENTS], cells)
+
+
+def kept_cells() -> dict[tuple[str, str], dict[str, Any]]:
+    """Cells that were made by now."""
+    file = PAGES / "cells.json"
+    made = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    every = [(name, target) for name in NAMED for target in TARGETS]
+    return {at: made[file_name(*at)] for at in every if file_name(*at) in made}
 
 
 def main() -> None:
-    """Write the pages asked for, and the index."""
+    """Write what is asked for, and the index."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", nargs="+", choices=NAMED, default=CONFIGS, metavar="NAME")
+    parser.add_argument("--config", nargs="+", choices=NAMED, default=NAMED, metavar="NAME")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=[*TARGETS])
+    parser.add_argument("--pages", action="store_true", help="a page for every config, rows too")
     parsed = parser.parse_args()
-    for config in parsed.config:
+    PAGES.mkdir(parents=True, exist_ok=True)
+    known = Known(BUILD / f"{'-'.join(versions().values())}.jsonl")
+    cells = kept_cells()
+    # The students first: the rows share their programs.
+    for config in sorted(parsed.config, key=lambda name: "/" in name):
         for target in parsed.target:
-            write(config, target)
-            (PAGES / "index.md").write_text("\n".join([*index(), ""]), encoding="utf-8")
+            print(config, target, flush=True)
+            plan: Plan | UserError
+            try:
+                plan = plan_of(config, target, known)
+            except UserError as error:
+                plan = error
+            if parsed.pages or config in STUDENTS:
+                text = page(plan, config, target)
+                (PAGES / f"{file_name(config, target)}.md").write_text(text, encoding="utf-8")
+            cells[config, target] = cell(plan)
+            kept = {file_name(*at): found for at, found in cells.items()}
+            (PAGES / "cells.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            (PAGES / "index.md").write_text("\n".join([*index(cells), ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A config on a target: every stage's programs compiled, and the largest settings that fit."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -10,7 +10,7 @@ from montessori_jax.data.packing import bucket
 from montessori_jax.errors import UserError
 from montessori_jax.mesh import row_ways
 from montessori_jax.models.architecture import architecture
-from montessori_jax.plan.analysis import Compiled, compile_program
+from montessori_jax.plan.analysis import Compiled, Found, compile_program
 from montessori_jax.plan.analytic import Held, held
 from montessori_jax.plan.generation_programs import generation_programs
 from montessori_jax.plan.influence_programs import (
@@ -71,6 +71,7 @@ def make_plan(
     search: bool = False,
     quick: bool = False,
     told: Callable[[Compiled], None] = lambda one: None,
+    known: MutableMapping[str, Found] | None = None,
 ) -> Plan:
     """Compile every program of the config's stages for ``target``; for GPUs count what they hold.
 
@@ -81,6 +82,7 @@ def make_plan(
         search: also look for the largest micro-batches, block and length, a few more programs each.
         quick: see `compile_program`.
         told: given each program as it is compiled.
+        known: what was found of programs before, by `compile_program`.
 
     Raises:
         UserError: the mesh does not divide the target or a model, or a stage is not known.
@@ -109,7 +111,7 @@ def make_plan(
     }
     compiled = []
     for program in programs_of(planned, found.uses):
-        compiled.append(compile_program(program, quick=quick))
+        compiled.append(compile_program(program, quick=quick, known=known))
         told(compiled[-1])
     plan = Plan(config, target, found, tuple(compiled), shapes=shapes)
     return replace(plan, largest=tuple(find_largest(planned, plan, quick))) if search else plan
