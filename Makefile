@@ -2,7 +2,7 @@
 # make test         the test suite, small forms of the end-to-end tests included
 # make test-all     the slow end-to-end tests too
 # make vllm         vLLM in an environment of its own, .venv-vllm (5 minutes, 3.5 GB on a CPU)
-# make plans        what the paper's configs take on TPUs: docs/plans (two hours of compiling)
+# make plans        what the paper's configs take on TPUs: docs/plans (half an hour of compiling)
 # make lint         ruff, mypy, shellcheck
 # make format       let ruff rewrite
 

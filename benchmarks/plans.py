@@ -1,6 +1,6 @@
 r"""The plans of the paper's configs: ``make plans`` writes docs/plans/.
 
-    python -m benchmarks.plans                                   # all: some two hours of compiling
+    python -m benchmarks.plans                                   # all: about half an hour
     python -m benchmarks.plans --config tinyllama_1b --target v5e:4x4
     python -m benchmarks.plans --config main/llama3_8b/self_reward_1 --target v5p:2x2x1 --pages
 
@@ -13,6 +13,8 @@ import argparse
 import json
 from collections.abc import Iterator
 from typing import Any
+
+import jax
 
 from benchmarks.plans_known import Known
 from benchmarks.record import ROOT, packages
@@ -157,6 +159,7 @@ def main() -> None:
     for config in sorted(parsed.config, key=lambda name: "/" in name):
         for target in parsed.target:
             print(config, target, flush=True)
+            jax.clear_caches()  # a process keeps what it traced: 14 GiB for all of them
             plan: Plan | UserError
             try:
                 plan = plan_of(config, target, known)
