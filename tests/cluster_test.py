@@ -1,5 +1,6 @@
 """Real processes that meet: what they agree on, and what they say when one is lost."""
 
+import json
 import os
 import signal
 import socket
@@ -134,6 +135,31 @@ def test_work_is_shared_out_and_all_have_it_in_order():
     for (status, said), share in zip(run(body), (130, 129), strict=True):  # of 259
         assert status == 0, said
         assert str(share) in said.splitlines()
+
+
+def test_each_reads_rows_of_its_own_and_all_have_them(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"instruction": f"Do {n}.", "response": "é" * 300}) for n in range(20_000)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    body = (
+        f"path = {str(path)!r}; before = read()\n"
+        "        rows = own_parts.read_rows_together(path).rows\n"
+        "        print('read', (read() - before) / Path(path).stat().st_size, flush=True)\n"
+        "        assert rows == read_rows(path).rows\n"
+    )
+    before = """
+from pathlib import Path
+from montessori_jax.data import own_parts
+from montessori_jax.data.rows import read_rows
+real, parts = own_parts.json_lines, []
+own_parts.json_lines = lambda *given: (parts.append(given[1:]), real(*given))[1]
+def read():
+    return sum(stop - start for start, stop in parts)
+"""
+    for status, said in run(body, before):
+        assert status == 0, said
+        [share] = [float(line.split()[1]) for line in said.splitlines() if line[:5] == "read "]
+        assert 0.4 < share < 0.65
 
 
 @pytest.mark.parametrize("place", ["shared", "disk-{me}"])

@@ -10,7 +10,8 @@ from pathlib import Path
 from montessori_jax import cluster
 from montessori_jax.data.chat import ChatError, ChatFormat, EncodedChat, fit
 from montessori_jax.data.encoded_file import EncodedFile
-from montessori_jax.data.rows import Row, RowFile, read_rows
+from montessori_jax.data.own_parts import read_rows_together
+from montessori_jax.data.rows import Row, RowFile
 from montessori_jax.errors import UserError
 
 
@@ -94,7 +95,8 @@ def encode_to_disk(
 ) -> RowsOnDisk:
     """Every row that can be encoded, whole, from file to file: memory holds names and reasons.
 
-    The processes of a job call this together: each encodes rows of its own, and all keep all.
+    The processes of a job call this together: each reads and encodes rows of its own, and all keep
+    all.
 
     Args:
         source: as `read_rows` takes it.
@@ -127,7 +129,7 @@ def encode_to_disk(
         if len(waiting) == cluster.TOGETHER:
             encode()
 
-    read = read_rows(source, limit=limit, on_row=wait)
+    read = read_rows_together(source, limit=limit, on_row=wait)
     encode()
     rows = [row for row in read.rows if row.index not in failed]
     texts.update(json.dumps([row.id for row in rows], ensure_ascii=False).encode())

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from montessori_jax.data.sources import Record, open_records
+from montessori_jax.data.sources import Record, Records, open_records
 from montessori_jax.errors import UserError
 
 Message = dict[str, str]
@@ -102,7 +102,7 @@ class _Malformed(Exception):
 
 
 def read_rows(
-    source: str | Path,
+    source: str | Path | Records,
     *,
     need_response: bool = True,
     limit: int | None = None,
@@ -111,7 +111,7 @@ def read_rows(
     """Reads a source of instruction rows; malformed rows are set aside, not raised.
 
     Args:
-      source: see :func:`montessori_jax.data.sources.open_records`.
+      source: see :func:`montessori_jax.data.sources.open_records`; or what that has opened.
       need_response: whether a row without a response is malformed.
       limit: read only the first `limit` rows, good and malformed together.
       on_row: called with every good row as it is read, before it has its id. The rows that are
@@ -129,7 +129,7 @@ def read_rows(
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit of rows to read from {source} is {limit}; expected 1 or more")
-    records = open_records(source)
+    records = source if isinstance(source, Records) else open_records(source)
     if records.columns is not None:
         _check_columns(records.name, records.columns, need_response)
 

@@ -33,12 +33,15 @@ class Records:
 
     ``columns`` is None where only reading tells (JSON lines). ``items`` yields
     ``(line, record)``, the line counted from 1 as an editor counts it, or the row where a format
-    has no lines.
+    has no lines. ``path`` is the file, where parts of it can be read alone
+    (:mod:`montessori_jax.data.own_parts`), and ``read_columns`` those that are.
     """
 
     name: str
     columns: tuple[str, ...] | None
     items: Iterator[tuple[int, Record]]
+    path: Path | None = None
+    read_columns: tuple[str, ...] = ()
 
 
 def open_records(source: str | Path) -> Records:
@@ -111,7 +114,7 @@ def _json_lines(name: str, path: Path) -> Records:
         except OSError as error:
             raise UserError(f"{name} cannot be read: {in_one_line(error)}") from error
 
-    return Records(name, None, items())
+    return Records(name, None, items(), path)
 
 
 def _json_list(name: str, path: Path) -> Records:
@@ -155,7 +158,7 @@ def _parquet(name: str, path: Path) -> Records:
         try:
             with file:
                 for batch in file.iter_batches(batch_size=1024, columns=wanted):
-                    for record in _batch_records(batch):
+                    for record in batch_records(batch):
                         number += 1
                         yield number, record
         except (pa.ArrowException, OSError) as error:
@@ -163,7 +166,9 @@ def _parquet(name: str, path: Path) -> Records:
                 f"{name} is damaged after row {number}: {in_one_line(error)}"
             ) from error
 
-    return _rows(name, columns, items())
+    if is_tree(columns):  # a tree may go on in the next row group
+        return _rows(name, columns, items())
+    return Records(name, columns, items(), path, tuple(wanted))
 
 
 def _wanted(columns: Sequence[str]) -> list[str]:
@@ -180,14 +185,15 @@ def _rows(name: str, columns: tuple[str, ...], items: Iterator[tuple[int, Record
     return Records(name, TREE_COLUMNS, enumerate(turns, start=1))
 
 
-def _batch_records(batch: Any) -> list[Record]:
+def batch_records(batch: Any) -> list[Record]:
+    """The rows of an Arrow batch, those that are not UTF-8 as their reason."""
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError:  # Arrow does not check its strings: find the rows at fault
         if batch.num_rows == 1:
             return ["the row is not valid UTF-8"]
         half = batch.num_rows // 2
-        return _batch_records(batch.slice(0, half)) + _batch_records(batch.slice(half))
+        return batch_records(batch.slice(0, half)) + batch_records(batch.slice(half))
 
 
 def _shipped(name: str, key: str) -> Records:

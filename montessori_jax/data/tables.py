@@ -15,10 +15,19 @@ def read_table(path: str | Path, columns: tuple[str, ...] = ()) -> Table:
     Raises:
         UserError: the file is missing or damaged, has no rows, or lacks one of ``columns``.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "data.parquet"
+    file = table_file(path)
     rows = _read_jsonl(file) if file.suffix == ".jsonl" else _read_parquet(file)
+    return with_columns(rows, file, columns)
+
+
+def table_file(path: str | Path) -> Path:
+    """The file of a table that may be named by its folder."""
+    file = Path(path)
+    return file / "data.parquet" if file.is_dir() else file
+
+
+def with_columns(rows: Table, file: Path, columns: tuple[str, ...]) -> Table:
+    """The rows, if there are any and the first one has the columns; else a UserError."""
     if not rows:
         raise UserError(f"{file}: has no rows")
     missing = [name for name in columns if name not in rows[0]]

@@ -16,6 +16,9 @@ from typing import Any, BinaryIO
 from montessori_jax.data.sources import in_one_line
 from montessori_jax.errors import UserError
 
+GROUP = 1024
+"""Rows of a row group: what one process of a job reads (`montessori_jax.data.own_parts`)."""
+
 
 @dataclass(frozen=True)
 class DatasetCard:
@@ -112,7 +115,7 @@ def _write_table(path: str | Path, table: Any) -> int:
 
     with open_atomically(path) as file:
         try:
-            pq.write_table(table, file, compression="zstd")
+            pq.write_table(table, file, compression="zstd", row_group_size=GROUP)
         except pa.ArrowNotImplementedError as error:
             raise ValueError(f"{path} cannot be Parquet: {in_one_line(error)}") from error
     return int(table.num_rows)

@@ -13,8 +13,8 @@ import numpy as np
 from montessori_jax.config import EvaluationConfig
 from montessori_jax.data.chat import ChatFormat, EncodedChat
 from montessori_jax.data.encode import encode_rows
+from montessori_jax.data.own_parts import read_rows_together
 from montessori_jax.data.packing import Batch, assign_rows, bucket, pack
-from montessori_jax.data.rows import read_rows
 from montessori_jax.device_memory import fits_in_memory
 from montessori_jax.evaluation.context import Context, Result
 from montessori_jax.mesh import fetch, mesh_of, place_rows, row_ways, use_mesh
@@ -108,7 +108,7 @@ def heldout_loss(context: Context) -> Result:
     """
     student, settings, work = context.student, context.settings, context.work
     encoded = encode_rows(
-        read_rows(context.heldout),
+        read_rows_together(context.heldout),
         ChatFormat.of(student),
         settings.max_length,
         limit=context.num_heldout,

@@ -14,7 +14,8 @@ from typing import Any
 from montessori_jax import cluster
 from montessori_jax.config import DpoConfig, as_dict
 from montessori_jax.data.chat import ChatFormat
-from montessori_jax.data.tables import Table, read_table
+from montessori_jax.data.own_parts import read_table_together
+from montessori_jax.data.tables import Table
 from montessori_jax.device_memory import fits_in_memory
 from montessori_jax.errors import UserError
 from montessori_jax.models.loaded import LoadedModel
@@ -73,7 +74,7 @@ def _encode_all(
     pairs: list[EncodedPair] = []
     skipped: Counter[str] = Counter()
     for source in sources:
-        rows = read_table(source, ("prompt", "chosen", "rejected"))
+        rows = read_table_together(source, ("prompt", "chosen", "rejected"))
         some, causes = encode_pairs(rows, chat, source)
         pairs += some
         skipped.update(causes)

@@ -13,7 +13,7 @@ from montessori_jax.config import OptimizerConfig, SftConfig, WarmupConfig, as_d
 from montessori_jax.config_file import build
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.encode import EncodedRows, encode_rows
-from montessori_jax.data.rows import read_rows
+from montessori_jax.data.own_parts import read_rows_together
 from montessori_jax.models import Model
 from montessori_jax.models.loaded import LoadedModel
 from montessori_jax.stages.trained import export, lora_notes, step_flops, to_train
@@ -95,7 +95,7 @@ def _save(
 
 def _encoded(student: LoadedModel, data: str, settings: SftConfig) -> EncodedRows:
     chat = ChatFormat.of(student)
-    return encode_rows(read_rows(data), chat, settings.max_length, limit=settings.rows)
+    return encode_rows(read_rows_together(data), chat, settings.max_length, limit=settings.rows)
 
 
 def train(

@@ -17,7 +17,8 @@ from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.encode import EncodedRows, RowsOnDisk, encode_rows, encode_to_disk
 from montessori_jax.data.encoded_file import EncodedFile
 from montessori_jax.data.overlap import warn_about_overlaps
-from montessori_jax.data.rows import Row, read_rows
+from montessori_jax.data.own_parts import read_rows_together
+from montessori_jax.data.rows import Row
 from montessori_jax.data.writing import (
     DatasetCard,
     write_dataset_parts,
@@ -96,7 +97,7 @@ def influence(
     sources = {"reference": reference} if isinstance(reference, str) else reference
     references: dict[str, EncodedRows] = {}
     for name, place in sources.items():
-        known = read_rows(place)
+        known = read_rows_together(place)
         for warning in warn_about_overlaps(known.require()[:num_reference]):
             work.say(f"warning: {warning}")
         references[name] = encode_rows(known, chat, settings.max_length, limit=num_reference)

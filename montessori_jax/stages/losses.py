@@ -5,7 +5,7 @@ from typing import Any
 from montessori_jax.config import EvaluationConfig
 from montessori_jax.data.chat import ChatFormat
 from montessori_jax.data.encode import encode_rows
-from montessori_jax.data.rows import read_rows
+from montessori_jax.data.own_parts import read_rows_together
 from montessori_jax.data.writing import DatasetCard, write_dataset_parts
 from montessori_jax.device_memory import fits_in_memory
 from montessori_jax.evaluation import reference_loss
@@ -41,7 +41,7 @@ def losses(
         limit: how many rows.
     """
     chat = ChatFormat.of(student)
-    encoded = encode_rows(read_rows(rows), chat, settings.max_length, limit=limit)
+    encoded = encode_rows(read_rows_together(rows), chat, settings.max_length, limit=limit)
     key = {
         "student": fingerprint,
         "rows": value_hash([[row.id, row.conversation()] for row in encoded.rows]),
