@@ -200,6 +200,32 @@ def test_a_teacher_split_over_both_processes_makes_the_same_run(world, one_proce
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stopped_by", [signal.SIGKILL, signal.SIGTERM])
+def test_texts_that_both_write_together_outlive_a_process(world, one_process, stopped_by):
+    run = world / f"across-{stopped_by.name}"
+    leader, other = start_two(world, run, overrides=ALL_ACROSS, devices=2)
+    texts = run / ITERATION / "generate" / "responses.jsonl"
+    deadline = time.monotonic() + 600
+    while not texts.exists() or texts.read_text().count("\n") < 3:
+        assert [leader.poll(), other.poll()] == [None, None], leader.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    other.send_signal(stopped_by)
+    said, _ = leader.communicate(timeout=120)
+    other.communicate()
+    if stopped_by == signal.SIGKILL:
+        assert leader.returncode == LostProcess.status, said
+    else:
+        assert leader.returncode > 128, said
+        assert "stopped; the same command goes on from here" in said
+    assert not (run / ITERATION / "generate" / "done.json").exists()
+    kept = texts.read_text()
+    finish(*start_two(world, run, overrides=ALL_ACROSS, devices=2))
+    assert texts.read_text().startswith(kept)
+    assert_same(run, one_process)
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_saves_the_step_of_both(world):
     run = world / "stopped"
     sparse = (*WEIGHTS_ACROSS, "warmup.checkpoint_every=1000", "warmup.epochs=40")
