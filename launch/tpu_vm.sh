@@ -81,7 +81,7 @@ obtain() { # returns when the slice is there
     tpus queued-resources describe "$NAME" "--format=value(state.state)"
     return
   fi
-  while true; do
+  while [ -z "$stopped" ]; do
     slice="$(state tpu-vm state)"
     request="$(state queued-resources state.state)"
     case "$slice/$request" in
@@ -132,9 +132,12 @@ on_signal() {
   tpus tpu-vm ssh "$NAME" --worker=all "--command=$stop" || true
 }
 
-attempt() { # the run's status, or that of the first step that failed
+attempt() { # the run's status, or that of the first step that failed; 143 where it was stopped
+  [ -z "$stopped" ] || return 143
   tpus tpu-vm scp "$archive" "$NAME:montessori.tgz" --worker=all || return
+  [ -z "$stopped" ] || return 143
   on_hosts "$stop && $unpack && $prepare" || return
+  [ -z "$stopped" ] || return 143
   on_hosts "$start"
 }
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from montessori_jax.config import OptimizerConfig
 from montessori_jax.config_file import build
-from montessori_jax.errors import UserError
+from montessori_jax.errors import Interrupted, UserError
 from montessori_jax.models import Model
 from montessori_jax.models.sharding import moment_shardings, param_shardings
 from montessori_jax.training import places
@@ -65,7 +65,11 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         # What went wrong in the block is what the user hears of.
         with suppress(*([] if kind is None else [UserError])):
-            self.finish()
+            # A stop comes to all processes of a job, another failure to one: it waits for nobody.
+            if kind is None or issubclass(kind, Interrupted) or jax.process_count() == 1:
+                self.finish()
+            elif self._writing is not None:
+                self._writing.settle()
 
     def steps(self) -> list[int]:
         """Steps that a checkpoint is there of, in order."""

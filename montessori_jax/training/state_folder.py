@@ -7,6 +7,7 @@ The folder may be a URL (``gs://``), to which Orbax writes; `CONTENT` has sizes 
 checks what it holds itself.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -76,6 +77,11 @@ class Writing:
             by_first_process(completed)
         finally:
             self._checkpointer.close()
+
+    def settle(self) -> None:
+        """Give this process's part a minute to be written, whatever the others do."""
+        with contextlib.suppress(Exception):  # another failure is being told
+            self._completion.result(timeout=60)
 
     def _complete(self) -> None:
         self._checkpointer.wait_until_finished()

@@ -31,7 +31,7 @@ def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "judge": {"base_url": judge.url, "model": "m", "api_key_env": ""},
         "dpo": {"keep_every": 2, "lora_rank": 4, "batch_size": 1, "max_length": 512,
-                "learning_rate": 1e-3, "warmup_ratio": 0},
+                "learning_rate": 4e-3, "warmup_ratio": 0},  # other texts in so few steps
         "curve": {"prompts": PROMPTS, "student_states": 2, "scored": 2},
         "compare_self_instruct": True,
         "sft": {"rows": 4, "batch_size": 1, "learning_rate": 1e-3, "warmup_ratio": 0},
