@@ -8,13 +8,17 @@ from pathlib import Path
 
 PACKAGES = (
     "montessori-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
-    "tokenizers", "numpy", "vllm",
+    "tokenizers", "numpy", "pyarrow", "vllm",
 )  # fmt: skip
 NAME = "versions.json"
 OWN = "montessori-jax"
 # What must be the same on every host of a job: programs compiled by different versions do not talk,
-# and all processes write and read one checkpoint together.
-SHARED = (OWN, "jax", "jaxlib", "libtpu", "orbax-checkpoint")
+# and all processes write and read one checkpoint together; each tokenises, draws and writes a share
+# of the rows that all of them then use.
+SHARED = (
+    OWN, "jax", "jaxlib", "libtpu", "orbax-checkpoint", "transformers", "tokenizers", "numpy",
+    "pyarrow",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,10 @@ def test_what_is_shared(monkeypatch):
 
     monkeypatch.setattr(versions, "version", without_libtpu)
     found = shared_versions()
-    assert found.keys() == {OWN, "jax", "jaxlib", "libtpu", "orbax-checkpoint"}
+    assert found.keys() == {
+        OWN, "jax", "jaxlib", "libtpu", "orbax-checkpoint", "transformers", "tokenizers", "numpy",
+        "pyarrow",
+    }  # fmt: skip
     assert (found["jax"], found["libtpu"]) == (jax.__version__, None)
     assert found["orbax-checkpoint"]
     assert difference(found, found) == ""

@@ -22,7 +22,8 @@ from montessori_jax.plan.work import WRITTEN, work_of, written_as
 from montessori_jax.training.losses import CHUNK
 
 CARDS = 8  # of a host, whose texts are its own
-TRAINED = 16  # bytes a parameter: itself, its gradient and two moments, in float32
+WITH_GRADIENT = 8  # bytes of a trained parameter and of its gradient, in float32
+MOMENTS = 8  # bytes of AdamW's two of a parameter in float32
 
 
 class _Slot(NamedTuple):
@@ -73,12 +74,14 @@ def adapter_parameters(model: Model, rank: int) -> int:
 
 def trained_bytes(model: Model, settings: TrainingConfig) -> dict[str, float]:
     """Weights, gradients and moments of a stage that trains, on all chips together."""
-    count = model.parameter_count()
+    count, each = model.parameter_count(), WITH_GRADIENT
+    if settings.optimizer == "adamw":
+        each += MOMENTS // (2 if settings.moments_dtype == "bfloat16" else 1)
     if not settings.lora_rank:
-        return {"weights, gradient and moments": float(TRAINED * count)}
+        return {"weights, gradient and moments": float(each * count)}
     narrow = 2 if settings.lora_base_dtype == "bfloat16" else 4
     adapters = adapter_parameters(model, settings.lora_rank)
-    return {"frozen weights": float(narrow * count), "adapters": float(TRAINED * adapters)}
+    return {"frozen weights": float(narrow * count), "adapters": float(each * adapters)}
 
 
 def training_activations(
@@ -190,7 +193,8 @@ class _Counting:
             frozen = trained_bytes(model, config.warmup)["frozen weights"]
             trained = adapter_parameters(model, config.warmup.lora_rank)
         block = settings.block or 1
-        parts = {"student and moments": (frozen + 12 * trained) / self.ways}
+        moments = MOMENTS if settings.optimizer == "adamw" else 0
+        parts = {"student and moments": (frozen + (4 + moments) * trained) / self.ways}
         if method not in ("exact", "linearized"):
             parts["reference gradient"] = 4 * trained / self.ways
         if method:
