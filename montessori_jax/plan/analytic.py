@@ -100,33 +100,38 @@ def training_activations(
     return inputs + layers * inside + 3 * CHUNK * config.vocab_size * 4
 
 
-def held(stages: Stages, teacher: ModelConfig, student: ModelConfig, target: Target) -> list[Held]:
-    """What each program of ``stages`` holds on one chip of ``target``, with the config's mesh."""
-    config = stages.config
+def counting(
+    config: RunConfig, teacher: ModelConfig, student: ModelConfig, target: Target
+) -> "Counting":
+    """What counts the programs of a config on ``target``, with its mesh."""
     slots = [_Slot()] * target.chips
     own = min(target.chips, CARDS)
     together = write_together(config.mesh, own, target.chips)
-    counting = _Counting(
+    return Counting(
         config,
         teacher,
         student,
         dict(zip(AXES, sizes_of(config.mesh, "training", slots), strict=True)),
         *((1, target.chips) if together else (math.ceil(target.chips / CARDS), own)),
     )
+
+
+def held(stages: Stages, by_count: "Counting") -> list[Held]:
+    """What each program of ``stages`` holds on one chip."""
     found = []
-    for shared in gathered(config, stages.uses):
+    for shared in gathered(stages.config, stages.uses):
         amount = sum(use.amount for use in shared)
         by_stage: dict[str, float] = {}
         for use in shared:
             by_stage[use.stage] = by_stage.get(use.stage, 0.0) + use.amount
-        one = counting.of(shared[0].recipe, amount)
+        one = by_count.of(shared[0].recipe, amount)
         runs = {name: one.runs * part / (amount or 1) for name, part in by_stage.items()}
         found.append(replace(one, stage=groups_of(shared), stages=runs))
     return found
 
 
 @dataclass(frozen=True)
-class _Counting:
+class Counting:
     """Counts programs of a config; ``sizes`` are the mesh's, ``hosts`` those that write, each with
     so many ``cards``."""
 

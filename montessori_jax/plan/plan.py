@@ -3,23 +3,20 @@
 import math
 from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 
 from montessori_jax.config import RunConfig
-from montessori_jax.data.packing import bucket
 from montessori_jax.errors import UserError
-from montessori_jax.mesh import row_ways
+from montessori_jax.influence.mesh import candidate_devices
+from montessori_jax.mesh import ROWS, row_ways
+from montessori_jax.models import ModelConfig
 from montessori_jax.models.architecture import architecture
 from montessori_jax.plan.analysis import Compiled, Found, compile_program
-from montessori_jax.plan.analytic import Held, held
+from montessori_jax.plan.analytic import Held, counting, held
 from montessori_jax.plan.generation_programs import generation_programs
-from montessori_jax.plan.influence_programs import (
-    estimator_program,
-    exact_program,
-    gradient_program,
-)
+from montessori_jax.plan.influence_programs import estimator_program, gradient_program
+from montessori_jax.plan.largest import find_largest
 from montessori_jax.plan.programs import Program, dpo_programs, evaluation_program, sft_program
-from montessori_jax.plan.search import Largest, largest
+from montessori_jax.plan.search import Largest
 from montessori_jax.plan.shapes import Planned, meshes
 from montessori_jax.plan.stages import (
     AUDIT,
@@ -101,7 +98,7 @@ def make_plan(
     # A teacher behind an address has no shapes here, and no program.
     teacher = architecture(config.teacher) if found.teacher_needed else student
     if target.topology is None:
-        return Plan(config, target, found, counted=tuple(held(found, teacher, student, target)))
+        return _counted(config, found, teacher, student, target, search)
     planned = Planned(config, teacher, student, *meshes(config.mesh, target))
     writing = "generation" if planned.hosts == 1 else "generation, of each host"
     shapes = {
@@ -114,7 +111,33 @@ def make_plan(
         compiled.append(compile_program(program, quick=quick, known=known))
         told(compiled[-1])
     plan = Plan(config, target, found, tuple(compiled), shapes=shapes)
-    return replace(plan, largest=tuple(find_largest(planned, plan, quick))) if search else plan
+    if not search:
+        return plan
+    return replace(plan, largest=tuple(_largest(planned, plan, quick, known)))
+
+
+def _counted(
+    config: RunConfig,
+    found: Stages,
+    teacher: ModelConfig,
+    student: ModelConfig,
+    target: Target,
+    search: bool,
+) -> Plan:
+    """The plan of GPUs."""
+    by_count = counting(config, teacher, student, target)
+    plan = Plan(config, target, found, counted=tuple(held(found, by_count)))
+    if not search:
+        return plan
+
+    def needed(config: RunConfig, recipe: Recipe) -> float:
+        return replace(by_count, config=config).of(recipe, 1.0).total
+
+    ways = math.prod(by_count.sizes[name] for name in ROWS)
+    places = target.chips // (by_count.ways * max(1, config.mesh.data))
+    limit = target.chip.memory
+    found_largest = find_largest(config, found.uses, needed, limit, ways=ways, places=places)
+    return replace(plan, largest=tuple(found_largest))
 
 
 def programs_of(planned: Planned, uses: Iterable[Use]) -> list[Program]:
@@ -152,49 +175,18 @@ def _build(planned: Planned, recipe: Recipe, amount: float) -> list[Program]:
     return [evaluation_program(planned, amount, warm=section == "warmup")]
 
 
-def find_largest(planned: Planned, plan: Plan, quick: bool = False) -> Iterable[Largest]:
-    """The largest value of each setting that decides memory, the others as they are."""
-    config, limit = planned.config, plan.target.chip.memory
+def _largest(
+    planned: Planned, plan: Plan, quick: bool, known: MutableMapping[str, Found] | None
+) -> Iterable[Largest]:
+    """By the compiler; a program that it refuses without a number needs infinitely much."""
+    limit = plan.target.chip.memory
 
-    def rows(stage: str, value: int) -> Planned:
-        ways = row_ways(planned.training)
-        section = replace(getattr(config, stage), micro_batch=value, batch_size=value * ways)
-        return planned._replace(config=replace(config, **{stage: section}))
+    def needed(config: RunConfig, recipe: Recipe) -> float:
+        # Of DPO the step, which holds more than the reference's log-probs.
+        program = _build(planned._replace(config=config), recipe, 1.0)[-1]
+        one = compile_program(program, quick=quick, known=known)
+        return one.needed if one.memory is not None or one.needed > limit else math.inf
 
-    def longer(value: int) -> Planned:
-        section = replace(config.sft, max_length=bucket(value))
-        return planned._replace(config=replace(config, sft=section))
-
-    # Lengths are whole blocks of the attention kernels.
-    searched: list[tuple[str, str, int, int, Callable[[int], Program]]] = [
-        ("sft", "micro_batch", config.sft.micro_batch, 1,
-         lambda n: sft_program(rows("sft", n), "sft", 1.0)),
-        ("sft", "max_length", bucket(config.sft.max_length), 128,
-         lambda n: sft_program(longer(n), "sft", 1.0)),
-        ("dpo", "micro_batch", config.dpo.micro_batch, 1,
-         lambda n: dpo_programs(rows("dpo", n), 1.0)[1]),
-        ("influence", "block", config.influence.block or 1, 1,
-         lambda n: exact_program(planned, n)),
-    ]  # fmt: skip
-    groups = {use.group for use in plan.stages.uses} if plan.stages else set()
-    for stage, name, value, step, build in searched:
-        if stage not in groups:
-            continue
-
-        rounded = bucket if name == "max_length" else int  # rows are as long as their bucket
-
-        @cache
-        def compiled(value: int, build: Callable[[int], Program] = build) -> float:
-            one = compile_program(build(value), quick=quick)
-            return one.needed if one.memory is not None or one.needed > limit else math.inf
-
-        def measure(
-            value: int,
-            rounded: Callable[[int], int] = rounded,
-            compiled: Callable[[int], float] = compiled,
-        ) -> float:
-            return compiled(rounded(value))
-
-        if (needed := measure(value)) <= limit:
-            found = largest(f"{stage}.{name}", value, int(needed), measure, limit, step=step)
-            yield replace(found, value=rounded(found.value))
+    uses = plan.stages.uses if plan.stages else ()
+    ways, places = row_ways(planned.training), candidate_devices(planned.influence)
+    return find_largest(plan.config, uses, needed, limit, ways=ways, places=places)

@@ -130,6 +130,7 @@ def ending(plan: Plan, mfu: float, price: float | None) -> Iterator[str]:
     for one in plan.largest:
         refused = one.too_large
         more = f"{refused} does not" if refused else "nothing that does not was met"
+        more = "more would change nothing" if one.enough else more
         yield f"largest {one.setting} that fits: {one.value} ({_bytes(one.bytes)} a chip); {more}"
     for reason, stages in unplanned(plan).items():
         yield f"not planned: {', '.join(stages)}: {reason}"

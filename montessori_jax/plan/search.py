@@ -18,12 +18,14 @@ class Largest:
         bytes: what a chip then needs.
         too_large: the smallest that was compiled and does not fit; None where none was met. Where
             it is one step above ``value``, nothing larger fits.
+        enough: whether a larger value would change nothing.
     """
 
     setting: str
     value: int
     bytes: int
     too_large: int | None = None
+    enough: bool = False
 
 
 def largest(
@@ -35,6 +37,7 @@ def largest(
     *,
     step: int = 1,
     tries: int = TRIES,
+    most: int | None = None,
 ) -> Largest:
     """The largest value that was measured to fit, in at most ``tries`` measurements.
 
@@ -50,13 +53,15 @@ def largest(
         limit: bytes that there are.
         step: between values that are tried.
         tries: how often ``measure`` may be called.
+        most: the largest value that is of use; it is not gone beyond.
     """
+    ceiling = math.inf if most is None else max(most, value)
     known: dict[int, float] = {value: needed}
     refused: int | None = None
     straight = True
     for _ in range(tries):
         best = max(one for one in known if known[one] <= limit)
-        if refused is not None and refused <= best + step:
+        if best >= ceiling or (refused is not None and refused <= best + step):
             break
         guess = _meets(known, best, refused, limit) if straight else None
         if guess is None:
@@ -64,6 +69,7 @@ def largest(
         new = max(min(guess, FURTHEST * best) // step * step, best + step)
         if refused is not None and new >= refused:
             new = refused - step
+        new = int(min(new, ceiling))
         known[new] = measure(new)
         if known[new] > limit:
             refused, straight = new, math.isfinite(known[new])
@@ -72,7 +78,7 @@ def largest(
             numbered = refused is None or math.isfinite(known[refused])
             straight = numbered and new > best + step
     best = max(one for one in known if known[one] <= limit)
-    return Largest(setting, best, int(known[best]), refused)
+    return Largest(setting, best, int(known[best]), refused, best >= ceiling)
 
 
 def _meets(known: dict[int, float], best: int, refused: int | None, limit: float) -> int | None:

@@ -10,8 +10,8 @@ from montessori_jax.cli import run
 from montessori_jax.config_file import load_run_config
 from montessori_jax.mesh import CANDIDATE
 from montessori_jax.models.architecture import architecture
-from montessori_jax.plan.analysis import Compiled, compile_program
-from montessori_jax.plan.plan import Plan, find_largest, make_plan, programs_of
+from montessori_jax.plan.analysis import Compiled, Found, compile_program
+from montessori_jax.plan.plan import make_plan, programs_of
 from montessori_jax.plan.products import products_of
 from montessori_jax.plan.shapes import Planned, meshes
 from montessori_jax.plan.stages import stages_of
@@ -184,18 +184,36 @@ def test_the_reference_gradient_crosses_candidate():
 def test_the_largest_micro_batch_is_followed_by_one_that_does_not_fit():
     config = load_run_config(CONFIG, ["mesh.fsdp=4", "sft.micro_batch=4"])
     target = parse_target("v5e:2x2")
-    planned = Planned(
-        config,
-        architecture(config.student),
-        architecture(config.student),
-        *meshes(config.mesh, target),
+    plan = make_plan(config, target, stages=["sft"], search=True, quick=True)
+    found = {one.setting: one for one in plan.largest}
+    assert set(found) == {"sft.micro_batch", "sft.max_length"}
+    rows = found["sft.micro_batch"]
+    assert rows.value > 4
+    assert rows.bytes <= target.chip.memory
+    assert rows.too_large == rows.value + 1
+    assert found["sft.max_length"].value > config.sft.max_length
+
+
+@pytest.mark.slow
+def test_the_largest_block_is_of_the_method_that_scores():
+    """First order's candidates, not the definition's, which only audits: and both must fit."""
+    config = load_run_config(CONFIG, ["mesh.fsdp=4", "influence.method=first_order"])
+    known: dict[str, Found] = {}
+    target = parse_target("v5e:2x2")
+    plan = make_plan(config, target, stages=["influence"], search=True, quick=True, known=known)
+    [block] = plan.largest
+    assert block.setting == "influence.block"
+    assert block.bytes <= target.chip.memory
+    at_block = load_run_config(
+        CONFIG, ["mesh.fsdp=4", "influence.method=first_order", f"influence.block={block.value}"]
     )
-    plan = Plan(config, target, stages_of(config))
-    found = next(iter(find_largest(planned, plan, quick=True)))
-    assert found.setting == "sft.micro_batch"
-    assert found.value > 4
-    assert found.bytes <= target.chip.memory
-    assert found.too_large == found.value + 1
+    again = make_plan(at_block, target, stages=["influence"], quick=True, known=known)
+    candidates = [one for one in again.compiled if "candidates" in one.program.name]
+    assert {one.program.name for one in candidates} >= {
+        "first_order: candidates",
+        "exact: candidates",
+    }
+    assert max(one.needed for one in candidates) == block.bytes
 
 
 @pytest.mark.slow

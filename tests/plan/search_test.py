@@ -68,3 +68,17 @@ def test_nothing_larger_fits():
     found, tried = search(lambda n: 10 * n, 45, start=4)
     assert (found.value, found.too_large) == (4, 5)
     assert len(tried) <= 2
+
+
+def test_nothing_beyond_what_is_of_use_is_tried():
+    tried = []
+
+    def measure(value: int) -> float:
+        tried.append(value)
+        return 3.0 * value
+
+    found = largest("influence.block", 2, 6, measure, 1000, most=5)
+    assert (found.value, found.too_large, found.enough) == (5, None, True)
+    assert max(tried) == 5
+    already = largest("influence.block", 5, 15, measure, 1000, most=5)
+    assert (already.value, already.enough) == (5, True)
