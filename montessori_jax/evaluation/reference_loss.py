@@ -124,6 +124,7 @@ def heldout_loss(context: Context) -> Result:
         def passed(count: int) -> None:
             bar.update(count)
             profile.passed()
+            work.check_stop()
 
         found = reference_loss(
             student.model, student.params, encoded.chats, settings, progress=passed

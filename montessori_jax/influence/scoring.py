@@ -161,7 +161,9 @@ def choose_estimator(
     ids: Sequence[str] | None = None,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
+    measured: Mapping[int, Score] | None = None,
     on_audit: Callable[[int], None] = lambda count: None,
+    on_measured: Callable[[Mapping[int, Score]], None] = lambda scores: None,
 ) -> Choice:
     """Hold estimators to ``exact`` in float32 on a random subset; the cheapest that passes.
 
@@ -182,7 +184,10 @@ def choose_estimator(
         ids: one a candidate; by default its number.
         groups: each candidate's prompt: whole prompts are audited and their pairs compared.
         seed: draws the audited candidates.
+        measured: scores by the definition, by the candidate's place, that an interrupted call
+            for the same arguments was given: they are not measured again.
         on_audit: told how many candidates are audited, before the long work begins.
+        on_measured: given scores by the definition as they are made, ``settings.chunk`` at a time.
     """
     student = Student(model, params, opt_state, tx)
     settings = resolved(settings)
@@ -223,9 +228,21 @@ def choose_estimator(
     true = replace(
         settings, preset="corrected", method="exact", precision="float32", attention=kernel
     )
+
+    def truth(places: Sequence[int]) -> list[Score]:
+        known = dict(measured or {})
+        rest = [place for place in places if place not in known]
+        score = made(true) if rest else None
+        for part in chunks(rest, settings.chunk):
+            assert score is not None
+            new = dict(zip(part, score(part), strict=True))
+            known |= new
+            on_measured(new)
+        return [known[place] for place in places]
+
     return choose_method(
         {name: rung(name) for name in order},
-        lambda places: made(true)(places),
+        truth,
         audited,
         groups,
         floors=Floors(

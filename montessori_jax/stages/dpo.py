@@ -192,7 +192,9 @@ def dpo(
     if held:
         result["heldout_before"] = evaluate_dpo(held, after, after, settings)
         with _fits("the pass over the held-out pairs after DPO", settings):
-            policy = pair_log_probs(model, state.params, held, settings)
+            policy = pair_log_probs(
+                model, state.params, held, settings, stop_requested=work.stop.requested
+            )
         result["heldout_after"] = evaluate_dpo(held, policy, after, settings)
     rows = metrics.read()
     result |= {

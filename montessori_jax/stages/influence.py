@@ -159,18 +159,34 @@ def _choose(
     for record in journal.records:
         if "choice" in record:
             return Choice(record["choice"]["method"], ()), record["choice"]["audits"]
-    found = choose_estimator(
-        *probe.probed,
-        chats,
-        {name: known.chats for name, known in references.items()},
-        settings,
-        ids=[row.id for row in rows],
-        groups=prompts_of(rows),
-        seed=work.seed,
-        on_audit=lambda count: work.say(
-            f"audit: {count} candidates are measured by the definition first"
-        ),
-    )
+    known = {
+        int(place): Score(**row)
+        for record in journal.records
+        for place, row in record.get("measured", {}).items()
+    }
+    with work.bar(0, "candidate", "audit", done=len(known)) as bar:
+
+        def begin(count: int) -> None:
+            work.say(f"audit: {count} candidates are measured by the definition first")
+            bar.reach(bar.n, count)
+
+        def keep(scores: Mapping[int, Score]) -> None:
+            journal.append({"measured": {place: one.as_row() for place, one in scores.items()}})
+            bar.update(len(scores))
+            work.check_stop()
+
+        found = choose_estimator(
+            *probe.probed,
+            chats,
+            {name: given.chats for name, given in references.items()},
+            settings,
+            ids=[row.id for row in rows],
+            groups=prompts_of(rows),
+            seed=work.seed,
+            measured=known,
+            on_audit=begin,
+            on_measured=keep,
+        )
     for audit in found.audits:
         work.say(f"audit by exact: {audit.line()}")
         for failure in audit.failures:
@@ -180,8 +196,8 @@ def _choose(
     first = next(iter(references.values()))
     audited = max((audit.count for audit in found.audits), default=0)
     tokens = float(np.mean(chats.lengths)) if len(chats) else 0.0
-    known = costs(probe.loaded.model.parameter_count(), tokens, first.tokens)
-    work.meter.count(flops=audited * known["exact"].each)
+    prices = costs(probe.loaded.model.parameter_count(), tokens, first.tokens)
+    work.meter.count(flops=audited * prices["exact"].each)
     audits = [audit.as_row() for audit in found.audits]
     journal.append({"choice": {"method": found.method, "audits": audits}})
     return found, audits

@@ -5,8 +5,9 @@ second model is ever in memory.
 """
 
 import hashlib
+import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from montessori_jax.training.loop import nothing
 from montessori_jax.training.losses import token_losses
 from montessori_jax.training.pairs import EncodedPair, PairBatch, fit_pair, pack_pairs
 
+# Between two writes of what is computed so far.
+SAVE_SECONDS = 60.0
+
 
 def pair_log_probs(
     model: Model,
@@ -36,18 +40,24 @@ def pair_log_probs(
     *,
     progress: Callable[[int, int], None] = nothing,
     stop_requested: Callable[[], bool] = lambda: False,
+    known: Mapping[int, np.ndarray] | None = None,
+    after: Callable[[Mapping[int, np.ndarray]], None] = nothing,
 ) -> list[np.ndarray]:
     """For each pair the log-prob in nats of every response token, chosen's then rejected's.
 
     Float32 arrays as long as the two responses together, each cut at ``settings.max_length``; an
     empty one for a pair that `train_dpo` leaves out because its prompt alone is that long.
 
+    ``known`` has those of pairs, by their places, that were computed before; passes of none but
+    such are left out. ``after`` is given all that is known after each pass.
+
     Raises:
         Interrupted: a stop was asked for between two passes.
     """
     fitting = [fit_pair(pair, settings.max_length) for pair in pairs]
     kept = {index: pair for index, pair in enumerate(fitting) if pair is not None}
-    found = [np.zeros(0, np.float32) for _ in pairs]
+    found = {place: np.zeros(0, np.float32) for place in range(len(pairs)) if place not in kept}
+    found |= known or {}
     # Sorted, so that rows of one pass pad little; in passes of micro_batch pairs.
     order = sorted(kept, key=lambda index: (kept[index].length, index))
     mesh = mesh_of((model, params))
@@ -58,9 +68,13 @@ def pair_log_probs(
     plans = plan_steps(
         passes, lengths, targets, settings.micro_batch, share_rows=False, ways=row_ways(mesh)
     )
-    progress(0, len(order))
     done = 0
+    progress(done, len(order))
     for members, plan in zip(passes, plans, strict=True):
+        done += len(members)
+        if all(index in found for index in members):
+            progress(done, len(order))
+            continue
         shape = plan.shape
         batch = pack_pairs(
             [kept[i] for i in members],
@@ -74,11 +88,11 @@ def pair_log_probs(
         log_probs = fetch(made)
         for row, index in enumerate(members):
             found[index] = np.asarray(log_probs[row, : targets[index]], np.float32)
-        done += len(members)
         progress(done, len(order))
+        after(found)
         if done < len(order) and cluster.any_of(stop_requested()):
             raise Interrupted(f"stopped after {done} of {len(order)} pairs")
-    return found
+    return [found[place] for place in range(len(pairs))]
 
 
 @partial(jax.jit, static_argnames=("dtype", "attention"))
@@ -107,7 +121,8 @@ def reference_log_probs(
         params: the reference model's parameters; not read when the cache holds.
         pairs: encoded pairs.
         settings: decide lengths, compute dtype and attention kernel.
-        cache: an ``.npz`` file, written atomically and replaced when stale or damaged.
+        cache: an ``.npz`` file, written atomically and replaced when stale or damaged; written
+            every minute and when the pass ends, however it does.
         fingerprints: of the model's weights and of its tokenizer.
         say: told in one line why a cache is not used.
         progress: given ``(pairs done, pairs in all)``.
@@ -127,16 +142,30 @@ def reference_log_probs(
         0 if fitted is None else fitted.targets
         for fitted in (fit_pair(pair, settings.max_length) for pair in pairs)
     ]
+    known: dict[int, np.ndarray] = {}
     if cache.exists():
         try:
-            return _read(cache, key, sizes)
+            known = _read(cache, key, sizes)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             say(f"{cache.name}: reference log-probs are computed again: {error}")
-    values = pair_log_probs(
-        model, params, pairs, settings, progress=progress, stop_requested=stop_requested
-    )
-    _write(cache, key, values)
-    return values
+    if len(known) == len(pairs):
+        return [known[place] for place in range(len(pairs))]
+    found, written = known, time.monotonic()
+
+    def keep(so_far: Mapping[int, np.ndarray]) -> None:
+        nonlocal found, written
+        found = dict(so_far)
+        if time.monotonic() - written > SAVE_SECONDS:
+            _write(cache, key, found)
+            written = time.monotonic()
+
+    try:
+        return pair_log_probs(
+            model, params, pairs, settings, progress=progress, stop_requested=stop_requested,
+            known=known, after=keep,
+        )  # fmt: skip
+    finally:  # also what there is when it is stopped
+        _write(cache, key, found)
 
 
 def _content(pairs: Sequence[EncodedPair]) -> str:
@@ -149,17 +178,24 @@ def _content(pairs: Sequence[EncodedPair]) -> str:
     return digest.hexdigest()
 
 
-def _read(cache: Path, key: str, sizes: Sequence[int]) -> list[np.ndarray]:
+def _read(cache: Path, key: str, sizes: Sequence[int]) -> dict[int, np.ndarray]:
+    """By the pair's place, those that are there."""
     # Opened here, as numpy leaves a file open that is no archive.
     with open(cache, "rb") as content, np.load(content, allow_pickle=False) as file:
         if str(file["key"]) != key:
             raise ValueError("they were of another model, tokenizer, data or setting")
-        values = file["log_probs"]  # the archive's CRC-32 is checked as this is read
-    if values.shape != (sum(sizes),) or values.dtype != np.float32:
+        # The archive's CRC-32 is checked as these are read.
+        places, values = [int(place) for place in file["pairs"]], file["log_probs"]
+    if not all(0 <= place < len(sizes) for place in places):
+        raise ValueError("they are of more pairs")
+    ends = np.cumsum([sizes[place] for place in places], dtype=np.int64)
+    if values.shape != (ends[-1] if len(ends) else 0,) or values.dtype != np.float32:
         raise ValueError("their number does not match the pairs")
-    return np.split(values, np.cumsum(sizes)[:-1])
+    return dict(zip(places, np.split(values, ends[:-1]), strict=True)) if places else {}
 
 
-def _write(cache: Path, key: str, values: Sequence[np.ndarray]) -> None:
+def _write(cache: Path, key: str, values: Mapping[int, np.ndarray]) -> None:
+    places = np.asarray(sorted(values), np.int64)
+    joined = [np.zeros(0, np.float32), *(values[place] for place in places)]
     with open_atomically(cache) as file:
-        np.savez(file, key=np.asarray(key), log_probs=np.concatenate(values))
+        np.savez(file, key=np.asarray(key), pairs=places, log_probs=np.concatenate(joined))

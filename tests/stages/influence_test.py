@@ -197,9 +197,44 @@ def test_a_run_killed_after_its_choice_chooses_no_more(student, tmp_path, monkey
         with pytest.raises(Interrupted):
             score("parts")
     journal = read(tmp_path / "parts" / "chunks.jsonl")
-    assert [set(record) for record in journal[1:]] == [{"choice"}]
+    assert [set(record) for record in journal[1:]] == [{"measured"}, {"measured"}, {"choice"}]
     monkeypatch.setattr(stage, "choose_estimator", killed)
     assert score("parts") == whole
+
+
+def test_an_audit_that_is_stopped_keeps_what_it_measured(student, tmp_path, monkeypatch):
+    rows = [{"instruction": f"w{i + 5} w6", "response": f"w{i + 8} w9"} for i in range(12)]
+    candidates = write(tmp_path / "rows.jsonl", rows)
+    reference = write(tmp_path / "reference.jsonl", REFERENCE)
+    settings = InfluenceConfig(
+        method="first_order", optimizer="sgd", learning_rate=1e-2, max_length=LONGEST, chunk=3,
+        audit=8,
+    )  # fmt: skip
+
+    def score(name, **how):
+        work = Work(
+            tmp_path / name, 5, Meter(None, "test"), say=lambda text: None, quiet=True, **how
+        )
+        out = tmp_path / name / "scores.jsonl"
+        result = stage.influence(student, candidates, reference, settings, work, out=out)
+        return json.loads(json.dumps(result)), read(out)
+
+    whole = score("whole")
+    with pytest.raises(Interrupted):
+        score("parts", stop=StopAfter(2))
+    journal = tmp_path / "parts" / "chunks.jsonl"
+    header, *measured = read(journal)
+    assert [len(record["measured"]) for record in measured] == [3, 3]
+    # What is there already is taken as it is.
+    place = next(iter(measured[0]["measured"]))
+    measured[0]["measured"][place]["influence"] = 12.0
+    write(journal, [header, *measured])
+    again, scores = score("parts")
+    assert scores == whole[1]
+    truths = [one["truth"] for one in again["audit"]["scores"]]
+    before = [one["truth"] for one in whole[0]["audit"]["scores"]]
+    assert [truth for truth in truths if truth not in before] == [12.0]
+    assert len(read(journal)[1:]) == 8  # three of the audit, the choice, four chunks
 
 
 class StopAfter:

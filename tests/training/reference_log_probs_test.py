@@ -103,3 +103,40 @@ def test_a_stop_is_heeded_between_passes() -> None:
     model, params = samples.student()
     with pytest.raises(Interrupted, match="stopped after 3 of 7 pairs"):
         pair_log_probs(model, params, samples.pairs(7), SETTINGS, stop_requested=lambda: True)
+
+
+def test_what_a_stopped_pass_computed_is_kept(tmp_path: Path) -> None:
+    model, params = samples.student()
+    pairs = samples.pairs(7)
+    whole = pair_log_probs(model, params, pairs, SETTINGS)
+    cache = tmp_path / "log_probs.npz"
+    seen: list[tuple[int, int]] = []
+    said: list[str] = []
+
+    def ask(stop: bool, pairs: Any = pairs) -> list[np.ndarray]:
+        return reference_log_probs(
+            model, params, pairs, SETTINGS, cache=cache, fingerprints=NAMES, say=said.append,
+            progress=lambda *done: seen.append(done), stop_requested=lambda: stop,
+        )  # fmt: skip
+
+    with pytest.raises(Interrupted, match="stopped after 3 of 7 pairs"):
+        ask(True)
+    content = bytearray(cache.read_bytes())
+    with np.load(cache) as file:
+        kept, values = file["pairs"].tolist(), file["log_probs"]
+    assert len(kept) == 3
+    assert np.array_equal(values, np.concatenate([whole[place] for place in kept]))
+    # Computed before: taken as it is, and no pass is made for it.
+    with np.load(cache) as file:
+        key = file["key"]
+    np.savez(cache, key=key, pairs=kept, log_probs=values + 1)
+    seen.clear()
+    mixed = ask(False)
+    assert seen == [(0, 7), (3, 7), (6, 7), (7, 7)]
+    for place, row in enumerate(mixed):
+        assert np.array_equal(row, whole[place] + (1 if place in kept else 0))
+    # Nothing is said: part of a pass is not a damaged file.
+    assert said == []
+    cache.write_bytes(bytes(content))
+    again = ask(False)
+    assert all(np.array_equal(a, b) for a, b in zip(again, whole, strict=True))
