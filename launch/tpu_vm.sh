@@ -167,8 +167,9 @@ while true; do
   fi
   case "$status" in
     0) break ;;
-    143 | 255) again=1 ;; # the host was told to go, or its connection was lost
-    *) again="" ;; # an error, or what a host says whose neighbour was taken away
+    # The host was told to go, its connection was lost, or trying again may help.
+    75 | 143 | 255) again=1 ;;
+    *) again="" ;; # an error, or a host that was taken away
   esac
   # The state follows the loss of the hosts, not at once.
   for _ in 1 2 3 4; do
@@ -180,7 +181,7 @@ while true; do
     say "the run failed with $status and the slice is there: not a preemption"
     exit "$status"
   fi
-  say "the slice was lost (status $status): again"
+  say "the slice was lost, or a host or the storage failed (status $status): again"
   sleep "$poll"
 done
 if [ -n "${DELETE:-}" ]; then

@@ -21,7 +21,7 @@ from montessori_jax.commands.run import add_run
 from montessori_jax.commands.select import add_select
 from montessori_jax.commands.serve import add_serve
 from montessori_jax.commands.sft import add_sft
-from montessori_jax.errors import Interrupted, UserError
+from montessori_jax.errors import Interrupted, UserError, status_of
 from montessori_jax.stopping import Stop, on_signals
 
 # In the order in which --help lists them.
@@ -92,7 +92,7 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"montessori: error: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
+        return status_of(error)
     return 0
 
 

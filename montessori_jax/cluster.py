@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from montessori_jax.cluster_watch import LOOK_SECONDS, Limits, Watch, brief, end_process
-from montessori_jax.errors import Interrupted, LostProcess, UserError
+from montessori_jax.errors import Interrupted, LostProcess, UserError, status_of
 from montessori_jax.versions import difference, shared_versions
 
 COORDINATOR, PROCESSES, PROCESS = (
@@ -35,6 +35,7 @@ DETECT, PATIENCE, HEARTBEAT, STALL = (
     "MONTESSORI_HEARTBEAT_SECONDS",
     "MONTESSORI_STALL_SECONDS",
 )
+LONGEST = 14 * 24 * 3600  # seconds; `Watch` ends a wait for what is gone or does nothing
 EXCHANGED_BYTES = 1 << 18  # of each process at a time
 TOGETHER = 256  # items that processes share out at a time; what is not asked for is not made
 S = TypeVar("S")
@@ -159,7 +160,7 @@ def joined() -> Iterator[None]:
         leave(None)
         raise
     except BaseException as error:
-        leave(str(error) or type(error).__name__, getattr(error, "status", 1))
+        leave(str(error) or type(error).__name__, status_of(error))
         raise
     leave(None)
 
@@ -199,8 +200,11 @@ def moved() -> None:
         _here.watch.moves += 1
 
 
-def barrier(name: str) -> None:
+def barrier(name: str, *, patient: bool = False) -> None:
     """Wait until all processes are here; each call pairs with the same call in the others.
+
+    With ``patient`` as long as any of them gets on (``MONTESSORI_STALL_SECONDS``), else for
+    `patience`.
 
     Raises:
         LostProcess: one did not come in time: it died, hangs, or is elsewhere in the program.
@@ -209,12 +213,12 @@ def barrier(name: str) -> None:
         return
     _here.barriers += 1
     key = f"montessori-{_here.barriers}-{name}"
-    client = _client()
+    client, seconds = _client(), LONGEST if patient else patience()
     try:
-        client.wait_at_barrier(key, patience() * 1000)
+        client.wait_at_barrier(key, seconds * 1000)
     except jax.errors.JaxRuntimeError as error:
         raise LostProcess(
-            f"{name}: process {_here.index} of {_here.count} waited {patience()} s for the others "
+            f"{name}: process {_here.index} of {_here.count} waited {seconds} s for the others "
             f"({brief(error)}): look at the log of the one that is missing, end the job and start "
             f"it again, it goes on from what is written; {PATIENCE} is how long to wait"
         ) from None
@@ -282,7 +286,9 @@ def exchange(mine: bytes) -> list[bytes]:
     if _here.count == 1:
         return [mine]
     moved()
-    sizes = [int(size) for size in multihost_utils.process_allgather(np.int32(len(mine)))]
+    # JAX has no 64 bits here, and a share may have more than 2 GiB.
+    told = multihost_utils.process_allgather(np.array(divmod(len(mine), 1 << 30), np.int32))
+    sizes = [(int(high) << 30) + int(low) for high, low in told]
     parts: list[list[bytes]] = [[] for _ in sizes]
     # In pieces of one shape: one program, and little of the devices' memory.
     for start in range(0, max(sizes), EXCHANGED_BYTES):
@@ -319,6 +325,8 @@ def losses_are_errors() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if _here.count == 1 or not GONE.search(str(error)):
             raise
+        # It may have told why it went: then `Watch` ends this process with that.
+        time.sleep(3 * LOOK_SECONDS)
         raise LostProcess(
             f"process {_here.index} of {_here.count} lost another one ({brief(error)}): look at "
             "the logs of the others for the first error, and start the job again: it goes on from "

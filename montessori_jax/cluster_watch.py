@@ -67,14 +67,13 @@ class Watch(threading.Thread):
         """Look every so often until the end."""
         beats: dict[int, tuple[str, float]] = {}
         moves: dict[int, int] = {}
-        beat, last, since = 0, self.moves, time.monotonic()
+        beat, last, since = 0, dict[int, int](), time.monotonic()
         while not self._over.wait(LOOK_SECONDS):
             beat += 1
-            if self.moves != last:
-                last, since = self.moves, time.monotonic()
+            mine = self.moves
             try:
                 self._client.key_value_set(
-                    f"montessori-alive-{self._index}", f"{beat} {last}", allow_overwrite=True
+                    f"montessori-alive-{self._index}", f"{beat} {mine}", allow_overwrite=True
                 )
                 for one in self._others:
                     told = self._read(f"montessori-failed-{one}")
@@ -94,8 +93,12 @@ class Watch(threading.Thread):
                         )
             except jax.errors.JaxRuntimeError as error:
                 self._leave(f"process 0 of {self._count} has gone ({brief(error)})")
+            moves[self._index] = mine
+            # One that waits for another gets on by what that one does.
+            if moves != last:
+                last, since = dict(moves), time.monotonic()
             if 0 < self._limits.stalled < time.monotonic() - since:
-                self._stalled({**moves, self._index: last})
+                self._stalled(moves)
 
     def _stalled(self, moves: dict[int, int]) -> None:
         """Say which process keeps the others waiting, by what each has done."""

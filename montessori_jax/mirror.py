@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from montessori_jax.errors import UserError
+from montessori_jax.errors import Passing, UserError
 from montessori_jax.runs import MARKER, write_json
 from montessori_jax.training.state_folder import CONTENT
 from montessori_jax.work import CHECKPOINTS, STATE, STATES
@@ -337,7 +337,7 @@ class Mirror:
                 time.sleep(self._pause * 2**number)
             elif self._ended.wait(self._pause * 2**number):
                 break
-        raise UserError(
+        raise Passing(
             f"{self.url}: failed {number + 1} times ({failure}): nothing is lost, all is in "
             f"{self.folder}; when the storage is back, the same command goes on from there"
         )

@@ -300,7 +300,8 @@ class SharedJournal(Journal):
     def _gather(self, found: list[dict[str, Any]]) -> None:
         if cluster.count() == 1 and not found:
             return
-        cluster.barrier(self._name)
+        # What a process that was replaced has to do again may take it hours.
+        cluster.barrier(self._name, patient=True)
         own = self.records[self._gathered :]
         told = cluster.exchange("".join(_line(one) for one in [*own, *found]).encode())
         everything = [json.loads(line) for part in told for line in part.split(b"\n") if line]

@@ -1,5 +1,6 @@
 """The command line on the user's own files, in this process, with a tiny random model."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from montessori_jax.cli import run
 from montessori_jax.data.rows import read_rows
+from montessori_jax.errors import LostProcess, UserError, status_of
 from montessori_jax.models import Model, ModelConfig
 from montessori_jax.models.folder import save_folder
 from tests.tiny_world import tiny_tokenizer
@@ -265,3 +267,20 @@ def test_a_tracker_is_one_word_of_a_stage_command(student, candidates, tmp_path)
     assert run(["sft", "--student", student, *training, "tracker=tensorboard"]) == 0
     assert list(out.glob("tensorboard/sft/events.out.tfevents.*"))
     assert (out / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), 75),
+        (TimeoutError("no answer"), 75),
+        (LostProcess("process 1 has gone"), 75),
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), 2),
+        (UserError("mesh.fsdp 3"), 2),
+        (ValueError("ours"), 1),
+    ],
+    ids=str,
+)
+def test_launchers_are_told_whether_to_try_again(error, status):
+    assert status_of(error) == status

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -186,46 +185,6 @@ def test_a_journal_is_told_to_all_on_one_disk_and_on_several(tmp_path, place):
         assert str(expected) in said
     leaders = Journal(tmp_path / place.format(me=0) / "texts.jsonl", {})
     assert sorted(one["text"] for one in leaders.records) == sorted(expected)
-
-
-@pytest.mark.parametrize("kind", ["SIGKILL", "SIGSTOP"], ids=["dies", "hangs"])
-def test_a_process_that_is_lost_in_a_collective_is_named(kind):
-    # The program of the other waits inside XLA, where no exception of Python's can reach it.
-    body = f"me and os.kill(os.getpid(), signal.{kind}); cluster.any_of(True)"
-    (status, said), (lost, _) = run(body)
-    assert lost == -signal.SIGKILL
-    assert status == LostProcess.status, said
-    [line] = [one for one in said.splitlines() if "montessori: error" in one or "said:" in one]
-    assert "start the job again" in line
-    assert "Traceback" not in said
-
-
-def test_a_process_that_lives_and_never_comes_ends_the_job():
-    """Its heart beats: the other waits in a collective for what the main thread will not do."""
-    body = (
-        "cluster.moved()\n"
-        "        if me: time.sleep(60)\n"
-        "        for _ in range(5): cluster.moved(); time.sleep(0.2)\n"
-        "        cluster.any_of(True)"
-    )
-    for status, said in run(body, **{cluster.STALL: "6"}):
-        assert status == LostProcess.status, said
-        assert "nothing has got on for 6 s; process 1 of 2 is behind: look at its log" in said
-        assert cluster.STALL in said
-
-
-def test_a_job_that_gets_on_may_take_longer_than_a_part_of_it():
-    body = "for _ in range(8): time.sleep(0.5); cluster.moved()\n        cluster.barrier('end')"
-    for status, said in run(body, **{cluster.STALL: "2"}):
-        assert status == 0, said
-
-
-def test_a_barrier_has_its_patience():
-    body = "me and time.sleep(6); cluster.barrier('stage one')"
-    (status, said), _ = run(body, **{cluster.PATIENCE: "2"})
-    assert status == LostProcess.status
-    assert "stage one: process 0 of 2 waited 2 s for the others" in said
-    assert cluster.PATIENCE in said
 
 
 @pytest.mark.parametrize("failing", [0, 1])

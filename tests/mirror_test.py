@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from montessori_jax import mirror
-from montessori_jax.errors import UserError
+from montessori_jax.errors import Passing, UserError
 from montessori_jax.mirror import Mirror
 from montessori_jax.runs import MARKER
 from montessori_jax.storage import mirrored
@@ -203,7 +203,7 @@ def test_a_store_that_stays_away_is_one_error_and_nothing_is_lost(
     kept = machine(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFileSystem, "pipe_file", pipe_file)
-        with pytest.raises(UserError, match=r"^memory://bucket/run: failed 6 times \(no route to"):
+        with pytest.raises(Passing, match=r"^memory://bucket/run: failed 6 times \(no route to"):
             kept.push()
     assert read(tmp_path) == RUN
     said: list[str] = []

@@ -20,6 +20,19 @@ def read_table(path: str | Path, columns: tuple[str, ...] = ()) -> Table:
     return with_columns(rows, file, columns)
 
 
+def count_rows(path: str | Path) -> int:
+    """How many rows `read_table` would give; of a Parquet file nothing is decoded."""
+    import pyarrow.parquet as pq
+
+    file = table_file(path)
+    if file.suffix == ".jsonl":
+        return len(read_table(file))
+    try:
+        return pq.read_metadata(file).num_rows
+    except Exception as error:  # pyarrow raises several families for a damaged file
+        raise UserError(f"{file}: cannot be read as Parquet: {in_one_line(error)}") from None
+
+
 def table_file(path: str | Path) -> Path:
     """The file of a table that may be named by its folder."""
     file = Path(path)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from montessori_jax.config import EvaluationConfig
-from montessori_jax.data.tables import read_table
+from montessori_jax.data.tables import count_rows, read_table
 from montessori_jax.influence.regime import with_method
 from montessori_jax.loop import Loop, Result
 from montessori_jax.mesh import make_mesh
@@ -82,7 +82,7 @@ def along_dpo(loop: Loop, tuned: str) -> list[Row]:
             "influence_quantiles": quantiles(loop.folder(f"{name}/scores.parquet")),
             "share": scored["positive_share"],
         }
-    rows = min([loop.config.sft.rows, *(len(read_table(place)) for place in places.values())])
+    rows = min([loop.config.sft.rows, *map(count_rows, places.values())])
     names = {step: f"curve-{step}" for step in teachers}
     students = {name: train(loop, name, places[step], rows) for step, name in names.items()}
     compared = loop.config.compare_self_instruct

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from montessori_jax.config import EvaluationConfig, TrainingConfig
-from montessori_jax.data.tables import read_table
+from montessori_jax.data.tables import count_rows
 from montessori_jax.dtypes import forward_dtype
 from montessori_jax.evaluation import Context
 from montessori_jax.generation.teacher import Teacher
@@ -103,7 +103,7 @@ def train(loop: Loop, name: str, data: str, rows: int, *, states: int = 0) -> st
 
 def train_and_evaluate(loop: Loop, data_of: Mapping[str, str]) -> None:
     """A student for each data set, on equally many rows, and what has become of them."""
-    sizes = (len(read_table(place)) for place in data_of.values())
+    sizes = map(count_rows, data_of.values())
     rows = min(loop.config.sft.rows, *sizes)
     states = loop.config.curve.student_states
     students = {

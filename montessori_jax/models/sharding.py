@@ -83,9 +83,10 @@ def check_mesh(config: ModelConfig, mesh: Mesh | None) -> None:
     ):
         for name, count in counts.items():
             if count % mesh.shape[axis]:
+                writing = " (mesh.sampler where that is set, for writing)"
                 raise UserError(
                     f"mesh.{axis} {mesh.shape[axis]} does not divide the model's {name} {count}: "
-                    f"set mesh.{axis} to a divisor of it"
+                    f"set mesh.{axis}{writing if axis == TENSOR else ''} to a divisor of it"
                 )
 
 

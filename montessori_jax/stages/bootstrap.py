@@ -3,11 +3,14 @@
 ``choose_helpful`` writes a data set, ``bootstrap`` writes ``teacher/`` and ``metrics.jsonl``.
 """
 
+from functools import partial
 from typing import Any
 
+from montessori_jax import cluster
 from montessori_jax.config import BootstrapConfig, PreferencesConfig
-from montessori_jax.data.chat import ChatError, ChatFormat, fit
+from montessori_jax.data.chat import ChatError, ChatFormat, EncodedChat, fit
 from montessori_jax.data.encode import EncodedRows
+from montessori_jax.data.own_parts import read_table_together
 from montessori_jax.data.tables import read_table
 from montessori_jax.data.writing import DatasetCard, write_dataset_card
 from montessori_jax.errors import UserError
@@ -86,13 +89,11 @@ def bootstrap(
     chat = ChatFormat.of(teacher)
     chats, skipped = [], {}
     cut = 0
-    for number, row in enumerate(read_table(texts, tuple(COLUMNS))[: settings.rows]):
-        try:
-            whole = chat.encode_answer(
-                prompt_of(row["prompt"]), row["answer"], prefill=row["prefill"]
-            )
-        except ChatError as error:
-            skipped[number] = str(error)
+    rows = read_table_together(texts, tuple(COLUMNS))[: settings.rows]
+    made = cluster.shared_out(rows, partial(_encoded, chat=chat))
+    for number, whole in enumerate(made):
+        if isinstance(whole, str):
+            skipped[number] = whole
             continue
         fitted = fit(whole, settings.max_length)
         if fitted is None:
@@ -112,3 +113,10 @@ def bootstrap(
     export(work.folder, "teacher", model, state.params, teacher, card)
     work.remove_checkpoints()
     return result
+
+
+def _encoded(row: dict[str, Any], chat: ChatFormat) -> EncodedChat | str:
+    try:
+        return chat.encode_answer(prompt_of(row["prompt"]), row["answer"], prefill=row["prefill"])
+    except ChatError as error:
+        return str(error)

@@ -54,9 +54,11 @@ def sample(
     """
     finished = [one for record in journal.records for one in record["completions"]]
     done = {one["prompt_id"] for one in finished}
+    # What is done all of them know since the journal was opened.
+    left = [request for request in requests if request.id not in done]
     others = {
         request.id
-        for number, request in enumerate(requests)
+        for number, request in enumerate(left)
         if not teacher.together and number % cluster.count() != cluster.index()
     }
     batches = teacher.generator.generate(
@@ -102,7 +104,7 @@ def sample(
     journal.gather()
     work.check_stop()
     finished = [one for record in journal.records for one in record["completions"]]
-    count_others(teacher, requests, finished, others - done, work)
+    count_others(teacher, requests, finished, others, work)
     asked = {request.id for request in requests}
     # A prompt may have been asked twice, by processes that did not know of each other.
     once = {(one["prompt_id"], one["index"]): one for one in reversed(finished)}

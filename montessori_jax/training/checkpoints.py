@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from montessori_jax.config import OptimizerConfig
 from montessori_jax.config_file import build
-from montessori_jax.errors import Interrupted, UserError
+from montessori_jax.errors import Interrupted, Passing, UserError
 from montessori_jax.models import Model
 from montessori_jax.models.sharding import moment_shardings, param_shardings
 from montessori_jax.training import places
@@ -118,7 +118,10 @@ class Checkpoints:
                 return read_state(self.folder / str(newest), like)
             except Unusable as error:
                 if jax.process_count() > 1:  # the others may have read it
-                    raise UserError(f"{self.folder / str(newest)} {error}: remove it") from None
+                    raise Passing(
+                        f"{self.folder / str(newest)} {error}: start the job again, and remove "
+                        "that folder if it says so twice"
+                    ) from None
                 self._drop(newest, error)
 
     def _newest(self, like: TrainState, identity: str) -> int | None:

@@ -30,6 +30,7 @@ from montessori_jax.training.state import TrainState
 
 # Orbax reports each file it opens and each failure at length; what a user needs is said here.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+SETTLE_SECONDS = 60
 CONTENT = "content.json"
 T = TypeVar("T")
 
@@ -81,7 +82,7 @@ class Writing:
     def settle(self) -> None:
         """Give this process's part a minute to be written, whatever the others do."""
         with contextlib.suppress(Exception):  # another failure is being told
-            self._completion.result(timeout=60)
+            self._completion.result(timeout=SETTLE_SECONDS)
 
     def _complete(self) -> None:
         self._checkpointer.wait_until_finished()

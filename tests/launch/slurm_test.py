@@ -99,3 +99,17 @@ def test_slurm_does_not_queue_again_what_ended_by_itself(clone, slurm, status):
     (clone / "end").write_text(str(status))
     assert process.wait(20) == status
     assert len((clone / "calls").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "again"), [(75, 0, True), (75, 20, False), (2, 0, False)]
+)
+def test_slurm_queues_again_what_may_go_well(clone, slurm, status, restarts, again):
+    (clone / "bin" / "srun").write_text(f"#!/usr/bin/env bash\nexit {status}\n")
+    script = clone / "launch" / "slurm.sbatch"
+    variables = slurm | {"SLURM_RESTART_COUNT": str(restarts)}
+    ended = subprocess.run(["bash", script, "my.yaml"], env=variables, capture_output=True)
+    assert ended.returncode == status
+    calls = clone / "calls"
+    asked = calls.read_text() if calls.exists() else ""
+    assert ("scontrol requeue 77" in asked) == again

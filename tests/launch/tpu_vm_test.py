@@ -50,6 +50,9 @@ elif verb == "ssh" and " start " in options["--command"]:
             time.sleep(0.05)
         sys.exit(143)
     sys.exit(int(outcomes[0]))
+elif verb == "ssh" and "prepare" in options["--command"] and (cloud / "slowly").exists():
+    while not (cloud / "stopping").exists():
+        time.sleep(0.05)
 elif verb == "ssh" and options["--command"].endswith("stop; fi"):
     (cloud / "stopping").touch()
 """
@@ -126,7 +129,7 @@ def test_a_preempted_slice_is_made_again_and_the_same_command_goes_on(cloud, sta
         "--runtime-version=v2-alpha-tpuv6e", "--spot", "--zone=us-east5-b",
     ]  # fmt: skip
     assert "waiting: the slice is CREATING" in said
-    assert f"the slice was lost (status {status}): again" in said
+    assert f"(status {status}): again" in said
 
 
 def test_a_slice_that_is_there_is_used_and_left(cloud):
@@ -147,7 +150,7 @@ def test_what_was_preempted_while_no_one_looked_is_made_again(cloud):
     assert done(cloud) == [DELETE, CREATE, *RUN]
 
 
-@pytest.mark.parametrize("status", [143, 255])
+@pytest.mark.parametrize("status", [75, 143, 255])
 def test_a_lost_connection_starts_again_on_the_same_slice(cloud, status):
     (cloud / "slice").write_text("READY")
     (cloud / "outcomes").write_text(f"{status} 0")
@@ -186,6 +189,30 @@ def test_without_an_answer_nothing_is_made(cloud):
     assert status == 1
     assert done(cloud) == []
     assert "UNAUTHENTICATED" in said
+
+
+def test_sigterm_is_heard_while_a_slice_is_waited_for(cloud):
+    (cloud / "request").write_text("WAITING_FOR_RESOURCES")
+    process = start(cloud, *MINE)
+    calls = cloud / "calls"
+    wait_until(lambda: calls.exists() and calls.read_text().count("describe") > 4)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == 143
+    assert not set(RUN) & set(done(cloud))
+    assert "the same command goes on" in said
+
+
+def test_sigterm_is_heard_while_hosts_are_prepared(cloud):
+    (cloud / "slice").write_text("READY")
+    (cloud / "slowly").touch()
+    process = start(cloud, *MINE)
+    wait_until(lambda: (cloud / "calls").exists() and "prepare" in (cloud / "calls").read_text())
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == 143
+    assert done(cloud) == ["scp", "prepare", "stop"]
+    assert "the same command goes on" in said
 
 
 def test_sigterm_stops_the_run_on_the_hosts_and_waits_for_it(cloud):
