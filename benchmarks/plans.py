@@ -50,24 +50,27 @@ def file_name(config: str, target: str) -> str:
     return f"{config.replace('/', '-')}-{target.replace(':', '-').replace('*', '-by-')}"
 
 
-def command(config: str, target: str) -> str:
+def command(config: str, target: str, search: bool = False) -> str:
     """What a user types for the same plan."""
+    options = "--largest --quick" if search else "--quick"
     overrides = " ".join(TARGETS[target])
-    return f"montessori plan configs/paper/{config}.yaml --target {target} --quick {overrides}"
+    return f"montessori plan configs/paper/{config}.yaml --target {target} {options} {overrides}"
 
 
-def plan_of(config: str, target: str, known: Known) -> Plan:
-    """Compile a config's programs for a target, those that are not known."""
+def plan_of(config: str, target: str, known: Known, search: bool = False) -> Plan:
+    """Compile a config's programs for a target, those that are not known; ``search`` is for the
+    largest settings too."""
     return make_plan(
         load_run_config(PAPER / f"{config}.yaml", TARGETS[target]),
         parse_target(target),
         quick=True,
+        search=search,
         told=lambda one: print(" ", one.program.stage, one.program.name, flush=True),
         known=known,
     )
 
 
-def page(plan: Plan | UserError, config: str, target: str) -> str:
+def page(plan: Plan | UserError, config: str, target: str, search: bool = False) -> str:
     """The whole plan, or what went wrong."""
     lines = [f"error: {plan}"]
     if isinstance(plan, Plan):
@@ -76,7 +79,7 @@ def page(plan: Plan | UserError, config: str, target: str) -> str:
             lines += ["", *about(one, plan, MFU)]
         lines += ["", *ending(plan, MFU, None)]
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
-    head = [f"# {config} on {target}", "", "```", command(config, target), "```", ""]
+    head = [f"# {config} on {target}", "", "```", command(config, target, search), "```", ""]
     return "\n".join(
         [*head, f"Compiled with {made}; nothing ran.", "", "```text", *lines, "```", ""]
     )
@@ -151,6 +154,9 @@ def main() -> None:
     parser.add_argument("--config", nargs="+", choices=NAMED, default=NAMED, metavar="NAME")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=[*TARGETS])
     parser.add_argument("--pages", action="store_true", help="a page for every config, rows too")
+    parser.add_argument(
+        "--largest", action="store_true", help="search for the largest settings: minutes a page"
+    )
     parsed = parser.parse_args()
     PAGES.mkdir(parents=True, exist_ok=True)
     known = Known(BUILD / f"{'-'.join(versions().values())}.jsonl")
@@ -162,11 +168,11 @@ def main() -> None:
             jax.clear_caches()  # a process keeps what it traced: 14 GiB for all of them
             plan: Plan | UserError
             try:
-                plan = plan_of(config, target, known)
+                plan = plan_of(config, target, known, parsed.largest)
             except UserError as error:
                 plan = error
             if parsed.pages or config in STUDENTS:
-                text = page(plan, config, target)
+                text = page(plan, config, target, parsed.largest)
                 (PAGES / f"{file_name(config, target)}.md").write_text(text, encoding="utf-8")
             cells[config, target] = cell(plan)
             kept = {file_name(*at): found for at, found in cells.items()}

@@ -1,14 +1,11 @@
 """Which pages the plans' benchmark can make, and which programs the scaling one compiles."""
 
-from importlib.util import find_spec
-
-import pytest
-
 from benchmarks import plans, scaling
 from benchmarks.plans_known import Known
 from montessori_jax.errors import UserError
 from montessori_jax.plan.analysis import Found
 from montessori_jax.plan.hlo import Collective
+from tests.plan.libtpu import needs_libtpu
 
 
 class Asked:
@@ -24,7 +21,7 @@ class Asked:
         self.index = (folder / "pages" / "index.md").read_text()
         self.pages = {path.stem for path in (folder / "pages").glob("*.md")} - {"index"}
 
-    def plan_of(self, config, target, known):
+    def plan_of(self, config, target, known, search):
         self.made.append((config, target))
         raise UserError(f"{target} has no room")
 
@@ -65,7 +62,7 @@ def test_what_was_found_is_read_back_but_for_half_a_line(tmp_path):
     assert list(Known(path)) == ["a", "b", "d"]
 
 
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu: montessori-jax[tpu-plan]")
+@needs_libtpu
 def test_scaling_compiles_the_reference_gradient_too():
     found = [(one.stage, one.name) for one in scaling.programs(4)]
     assert found == [

@@ -1,7 +1,6 @@
 """What compiling for absent chips leaves alone."""
 
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -16,10 +15,9 @@ from montessori_jax.plan.analysis import Found, compile_program
 from montessori_jax.plan.programs import Program
 from montessori_jax.plan.targets import parse_target
 from montessori_jax.plan.topology import topology_devices
+from tests.plan.libtpu import needs_libtpu
 
-pytestmark = pytest.mark.skipif(
-    find_spec("libtpu") is None, reason="needs libtpu: montessori-jax[tpu-plan]"
-)
+pytestmark = needs_libtpu
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """TinyLlama-1.1B compiled by the TPU compiler for 16 chips that are not there."""
 
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,9 @@ from montessori_jax.plan.products import products_of
 from montessori_jax.plan.shapes import Planned, meshes
 from montessori_jax.plan.stages import stages_of
 from montessori_jax.plan.targets import parse_target
+from tests.plan.libtpu import needs_libtpu
 
-pytestmark = pytest.mark.skipif(
-    find_spec("libtpu") is None, reason="needs libtpu: montessori-jax[tpu-plan]"
-)
+pytestmark = needs_libtpu
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "paper" / "tinyllama_1b.yaml"
 TARGET = parse_target("v5e:4x4")
 PARAMETERS = 1_100_048_384
@@ -78,9 +76,11 @@ def test_a_training_step(stage: str):
     assert 1.25 < one.products.flops / one.program.model_flops < 2
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("method", ["exact", "linearized"])
-def test_candidates_have_nothing_to_say_to_each_other(method: str):
-    one = compiled("influence", f"{method}: candidates", f"influence.method={method}")
+def test_candidates_have_nothing_to_say_to_each_other(method: str, precision: str):
+    settings = [f"influence.method={method}", f"influence.precision={precision}"]
+    one = compiled("influence", f"{method}: candidates", *settings)
     assert one.fits(TARGET.chip.memory)
     assert one.program.mesh.shape[CANDIDATE] == 4
     assert one.collectives
