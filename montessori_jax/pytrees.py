@@ -1,9 +1,10 @@
-"""Functions as arguments of compiled programs."""
+"""Functions and arrays as arguments of compiled programs."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -18,3 +19,10 @@ def as_argument(function: T) -> T:
     if jax.tree_util.all_leaves([function]):
         return cast(T, jax.tree_util.Partial(function))
     return function
+
+
+def on_device(tree: Any) -> Any:
+    """NumPy's arrays as JAX's on the default device; all other leaves as they are."""
+    return jax.tree.map(
+        lambda leaf: jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf, tree
+    )

@@ -16,7 +16,7 @@ from montessori_jax.influence.mesh import candidate_devices, laid_out
 from montessori_jax.influence.reference import Reference
 from montessori_jax.influence.scores import Candidate
 from montessori_jax.influence.step import CandidateLoss, Params
-from montessori_jax.pytrees import as_argument
+from montessori_jax.pytrees import as_argument, on_device
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class Probe:
     chunk: int = 16
     pool: Sequence[Candidate] = ()
     mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        # Every program run would take a copy of its own of NumPy's arrays.
+        for name in ("params", "opt_state"):
+            object.__setattr__(self, name, on_device(getattr(self, name)))
 
     @property
     def blocks(self) -> int:

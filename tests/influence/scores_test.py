@@ -3,7 +3,11 @@
 import json
 import math
 
-from montessori_jax.influence import Candidate, Measured, measured_score
+import jax
+import numpy as np
+import optax
+
+from montessori_jax.influence import Candidate, Measured, Probe, measured_score
 
 ONE = Candidate("one", "data")
 FINE = Measured(0.5, 2.0, 1.5, 0.1, 0.01)
@@ -33,3 +37,13 @@ def test_a_set_without_a_number_is_named():
 def test_an_error_that_is_not_known_is_none():
     score = measured_score(ONE, 1.0, {"a": FINE._replace(standard_error=math.inf)}, "exact")
     assert (score.influence, score.standard_error, score.reason) == (0.5, None, None)
+
+
+def test_a_student_in_numpys_arrays_goes_to_the_device_once():
+    params, tx = {"weight": np.ones(3, np.float32)}, optax.adam(1e-3)
+    state = jax.device_get(tx.init(params))
+    probe = Probe(lambda params, data: data @ params["weight"], params, state, tx, {})
+    leaves = jax.tree.leaves((probe.params, probe.opt_state))
+    assert len(leaves) == 4
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    assert probe.params["weight"].dtype == np.float32
